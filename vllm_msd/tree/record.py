@@ -1,0 +1,65 @@
+"""The draft tree of a batch of requests, as one frozen record."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_NODES = 64  # one bit per node in an int64
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Trees of B requests with T nodes each; node 0 is the root, parents come before children.
+
+    ::
+
+        node       0 root           tokens     [x  a  b  c]
+                  / \\               parents    [-1 0  0  1]
+                 1   2              depths     [0  1  1  2]
+                 |                  ancestors  bit n set when node n is an ancestor or itself:
+                 3                             [0b0001 0b0011 0b0101 0b1011]
+
+    All tensors are ``[B, T]`` int64. The root is the sampled token that was not drafted.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "parents", "depths", "ancestors"):
+            x = getattr(self, name)
+            if x.dim() != 2 or x.shape != self.tokens.shape or x.dtype != torch.int64:
+                raise ValueError(
+                    f"{name}: got {tuple(x.shape)} {x.dtype}, expected "
+                    f"{tuple(self.tokens.shape)} torch.int64 with two axes"
+                )
+        if not 1 <= self.num_nodes <= MAX_NODES:
+            raise ValueError(f"nodes per tree: got {self.num_nodes}, expected 1 to {MAX_NODES}")
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes per tree (T), the root included."""
+        return self.tokens.shape[1]
+
+    @classmethod
+    def from_parents(cls, tokens: Tensor, parents: Tensor) -> "DraftTree":
+        """Build the record from ``[B, T]`` tokens and parents (-1 at the root only).
+
+        Raises:
+            ValueError: a node does not come after its parent, or there are too many nodes.
+        """
+        node = torch.arange(tokens.shape[1], device=tokens.device)
+        if (parents >= node).any() or (parents[:, 1:] < 0).any() or (parents[:, 0] != -1).any():
+            raise ValueError("parents: expected -1 at node 0 and an earlier node everywhere else")
+        own = torch.ones_like(parents) << node
+        depths, ancestors = torch.zeros_like(parents), own
+        for _ in range(tokens.shape[1] - 1):
+            deeper = torch.where(parents >= 0, depths.gather(1, parents.clamp(min=0)) + 1, 0)
+            if torch.equal(deeper, depths):
+                break
+            inherited = ancestors.gather(1, parents.clamp(min=0))
+            depths, ancestors = deeper, own | torch.where(parents >= 0, inherited, 0)
+        return cls(tokens, parents, depths, ancestors)
