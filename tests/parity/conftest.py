@@ -125,7 +125,7 @@ DRAFTS, OTHERS = _load()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize by what the folder holds: ``ref`` alone, with ``prompt``, or with ``tree`` too."""
+    """Parametrize by what the folder holds: ``ref`` alone, or with prompt and tree."""
     names = metafunc.fixturenames
     if "tree" in names:
         cases = [

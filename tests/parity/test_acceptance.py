@@ -35,7 +35,8 @@ def test_chosen_paths_of_the_continuations(ref, prompt, tree):
 
         length = int(ref[f"{call}.accept_length"])
         path = paths[int(ref[f"{call}.best_candidate"])][: length + 1]
-        next_token = ref[f"{call}.input_ids"][0, -1]
+        # The recorded choices ignore what was drafted, so their new token may be a child as well.
+        next_token = drafted.tokens.max() + 1
         target = torch.full_like(drafted.tokens, -1)
         target[0, path[:-1]] = drafted.tokens[0, path[1:]]
         target[0, path[-1]] = next_token

@@ -3,9 +3,12 @@
 Llama-type and Qwen2-type layers differ in the q/k/v bias and in the input norm of layer 0 only.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_msd.draft.cache import DraftCache
 from vllm_msd.draft.config import MSDDraftConfig
@@ -71,10 +74,13 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        # Drafting feeds the draft its own output, which amplifies the rounding of fused kernels;
+        # with a cache attention is therefore computed as it is written.
+        with nullcontext() if cache is None else sdpa_kernel(SDPBackend.MATH):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=visible is None,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
