@@ -1,0 +1,1 @@
+"""Everything that touches vLLM: registration, patches, draft model, the runners' drafters."""

@@ -1,0 +1,203 @@
+"""The three patches of vLLM's argument handling: flags, speculative config, draft config.
+
+A request for MSD is gathered from `speculative_config` and the `--spec-*` flags, the draft is found
+and checked, and vLLM is handed an ordinary `eagle` configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from vllm_msd.errors import ConfigError
+from vllm_msd.vllm_plugin import guards, resolve
+from vllm_msd.vllm_plugin.hf_config import MSDCheckpointConfig, build_draft_hf_config
+from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+METHOD = "msd"
+_SPEC_FLAGS = (
+    ("--spec-method", "spec_method", "method"),
+    ("--spec-model", "spec_model", "model"),
+    ("--spec-tokens", "spec_tokens", "num_speculative_tokens"),
+)
+
+# The draft config under construction: set while vLLM builds its SpeculativeConfig, read by the
+# override that vLLM calls with whatever Transformers made of the draft's config.json.
+_building: ContextVar[PreTrainedConfig | None] = ContextVar("msd_draft_hf_config", default=None)
+
+
+def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
+    """Merge `speculative_config` and the `--spec-*` flags of a request for MSD.
+
+    Returns:
+        the merged config with `method` msd, or None when the request is for something else.
+
+    Raises:
+        ConfigError: a flag contradicts the config, or `model` is msd under another method.
+    """
+    config = engine_args.speculative_config
+    if config is not None and not isinstance(config, dict):
+        return None
+    merged = {str(k).replace("-", "_"): v for k, v in (config or {}).items()}
+    clashes = []
+    for flag, attribute, key in _SPEC_FLAGS:
+        value = getattr(engine_args, attribute)
+        if value is None:
+            continue
+        if merged.get(key, value) != value:
+            clashes.append(
+                f"{flag} {value} contradicts speculative_config[{key!r}]={merged[key]!r}"
+            )
+        merged[key] = value
+    method, model = merged.get("method"), merged.get("model")
+    if method is None and isinstance(model, str) and resolve.is_msd_draft(model):
+        method = merged["method"] = METHOD
+    if method != METHOD:
+        if model == METHOD:
+            raise ConfigError(
+                f"speculative model 'msd' was requested with method {method!r}. Leave the method "
+                "out or set it to 'msd'."
+            )
+        if config and METHOD in (config.get("method"), config.get("model")):
+            raise ConfigError(f"{'; '.join(clashes)}. Give each setting once.")
+        return None
+    if clashes:
+        raise ConfigError(f"{'; '.join(clashes)}. Give each setting once.")
+    return merged
+
+
+def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of `EngineArgs.create_speculative_config`."""
+
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: EngineArgs,
+        target_model_config: ModelConfig,
+        target_parallel_config: ParallelConfig,
+    ) -> Any:
+        request = gather_request(self)
+        if request is None:
+            return original(self, target_model_config, target_parallel_config)
+        guards.check_keys(request)
+        name = resolve.find_draft(target_model_config.model, request.get("model"))
+        draft = resolve.read_draft(name, request.get("revision"), self.download_dir)
+        request.setdefault("num_speculative_tokens", draft.num_speculative_tokens)
+        guards.check_engine(self, request, draft, name, target_model_config, target_parallel_config)
+        vllm_request = {**request, "method": "eagle", "model": name}
+        hf_config = build_draft_hf_config(
+            draft,
+            DRAFT_ARCHITECTURES[draft.layer_type],
+            vocab_size=target_model_config.get_vocab_size(),
+            max_position_embeddings=target_model_config.max_model_len,
+        )
+        with _arguments(self, vllm_request), _draft_config(hf_config):
+            return original(self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def wrap_hf_config_override(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of `SpeculativeConfig.hf_config_override`.
+
+    It keeps the original's qualified name (functools.wraps), or the engine's config, which refers
+    to it, could not be pickled to a spawned process.
+    """
+
+    @functools.wraps(original)
+    def hf_config_override(hf_config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        if hf_config.model_type.startswith("dummy_"):
+            # vLLM asks first with an empty config whether the model type would change: it does
+            # not, Transformers shall read the checkpoint's own type.
+            return original(hf_config, *args, **kwargs)
+        draft = _building.get()
+        if draft is not None:
+            return draft
+        if hf_config.model_type == MSDCheckpointConfig.model_type:
+            raise ConfigError(
+                "this draft is an MSD checkpoint, but another speculative method was requested. "
+                "Set the method to 'msd'."
+            )
+        return original(hf_config, *args, **kwargs)
+
+    return hf_config_override
+
+
+def wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of `EngineArgs.add_cli_args`: the flags appear in vLLM's own group."""
+
+    @functools.wraps(original)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        method = parser._option_string_actions["--spec-method"]
+        if method.choices is not None and METHOD not in method.choices:
+            method.choices = [METHOD, *method.choices]
+        group = next(g for g in parser._action_groups if method in g._group_actions)
+        group.add_argument(
+            "--speculative-model",
+            dest="spec_model",
+            metavar="msd|PATH|NAME",
+            action=SpeculativeModelAction,
+            default=None,
+            help="Serve with an MSD draft (vllm-msd). 'msd' finds the draft that belongs to the "
+            "target; a folder or hub name is taken as given. Same as --spec-method msd "
+            "--spec-model, unless --spec-method names another method.",
+        )
+        group.add_argument(
+            "--num-speculative-tokens",
+            dest="spec_tokens",
+            type=int,
+            default=None,
+            help="Same as --spec-tokens. With an MSD draft the default comes from the draft.",
+        )
+        return parser
+
+    return add_cli_args
+
+
+class SpeculativeModelAction(argparse.Action):
+    """Stores `spec_model`, and `spec_method` msd where no method was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.spec_model = values
+        if namespace.spec_method is None:
+            namespace.spec_method = METHOD
+
+
+@contextmanager
+def _arguments(engine_args: EngineArgs, config: dict[str, Any]) -> Iterator[None]:
+    """Give `engine_args` one speculative config; its own values come back afterwards, so that
+    the same arguments can build an engine config again."""
+    before = {name: getattr(engine_args, name) for _, name, _ in _SPEC_FLAGS}
+    before["speculative_config"] = engine_args.speculative_config
+    try:
+        for name in before:
+            setattr(engine_args, name, None)
+        engine_args.speculative_config = config
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(engine_args, name, value)
+
+
+@contextmanager
+def _draft_config(hf_config: PreTrainedConfig) -> Iterator[None]:
+    token = _building.set(hf_config)
+    try:
+        yield
+    finally:
+        _building.reset(token)

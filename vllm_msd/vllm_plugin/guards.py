@@ -1,0 +1,174 @@
+"""What MSD cannot do yet is refused before the engine starts, with the reason and a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_msd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_msd.draft import MSDDraftConfig
+
+# vLLM's rejection sampler has room for this many draft tokens of one request.
+MAX_SPECULATIVE_TOKENS = 128
+
+# Target architecture -> model types its language model may have.
+SUPPORTED_TARGETS = {
+    "LlavaForConditionalGeneration": ("llama",),
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl_text", "qwen2"),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2"),
+}
+
+# Keys of vLLM's speculative config that mean something for an MSD draft.
+KEYS = frozenset(
+    {
+        "method", "model", "num_speculative_tokens", "revision", "code_revision", "enforce_eager",
+        "draft_tensor_parallel_size", "max_model_len", "attention_backend", "kv_cache_dtype",
+        "draft_load_config", "draft_sample_method", "rejection_sample_method",
+        "synthetic_acceptance_rates", "synthetic_acceptance_length",
+        "disable_padded_drafter_batch", "disable_eagle_block_drop",
+        "disable_lookahead_block_hashes", "use_local_argmax_reduction",
+        "num_speculative_tokens_per_batch_size",
+    }
+)  # fmt: skip
+_TREE_KEYS = frozenset({"tree_depth", "tree_top_k", "tree_total_tokens"})
+
+# Loaders that read whole files of a target's own kind; the draft's checkpoint has none of them.
+_TARGET_ONLY_LOADERS = frozenset(
+    {"bitsandbytes", "gguf", "mistral", "runai_streamer_sharded", "sharded_state", "tensorizer"}
+)
+
+
+def check_keys(request: Mapping[str, Any]) -> None:
+    """Refuse keys that vLLM does not know or that mean nothing for MSD, each with a suggestion."""
+    from vllm.config import SpeculativeConfig
+
+    vllm_keys = {f.name for f in dataclasses.fields(SpeculativeConfig)}
+    for key in request:
+        if key in KEYS and key in vllm_keys:
+            continue
+        if key in _TREE_KEYS:
+            raise ConfigError(
+                f"speculative_config[{key!r}]: draft trees are not served yet, only chains. Leave "
+                "it out; num_speculative_tokens sets the length of the chain."
+            )
+        if key == "tensor_parallel_size":
+            raise ConfigError(
+                "speculative_config['tensor_parallel_size'] is not a setting; the draft runs with "
+                "the target's tensor parallel size. Leave it out."
+            )
+        if key in vllm_keys or key in KEYS:
+            raise ConfigError(
+                f"speculative_config[{key!r}] has no meaning for the method 'msd' under this vLLM. "
+                "Leave it out."
+            )
+        close = difflib.get_close_matches(key, sorted(KEYS & vllm_keys), n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(KEYS))}."
+        raise ConfigError(f"speculative_config[{key!r}] is not a known setting. {hint}")
+
+
+def check_engine(
+    engine_args: EngineArgs,
+    request: Mapping[str, Any],
+    draft: MSDDraftConfig,
+    draft_name: str,
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> None:
+    """Refuse an engine that cannot serve this draft.
+
+    Args:
+        engine_args: the whole engine's arguments.
+        request: the merged speculative config, `num_speculative_tokens` filled in.
+        draft: config of the draft, already checked in itself.
+        draft_name: folder or hub name of the draft, for messages.
+        target: config of the target.
+        parallel: how the target is spread.
+
+    Raises:
+        ConfigError: with reason and remedy.
+        CheckpointError: the draft does not fit the target.
+    """
+    from vllm_msd.checkpoint import check_draft_fits_target
+
+    _check_target_family(target)
+    check_draft_fits_target(draft, target.hf_config)
+    _check_num_speculative_tokens(request["num_speculative_tokens"], target)
+    _check_parallel(request, parallel)
+    _check_verification(request)
+    load_format = str(engine_args.load_format)
+    if load_format in _TARGET_ONLY_LOADERS and request.get("draft_load_config") is None:
+        raise ConfigError(
+            f"load_format={load_format!r} cannot read the draft {draft_name}. Set "
+            "speculative_config['draft_load_config'] to {'load_format': 'auto'}."
+        )
+    if engine_args.enable_prompt_embeds:
+        raise ConfigError(
+            "enable_prompt_embeds does not work with MSD: the draft reads the prompt's token ids. "
+            "Turn it off."
+        )
+
+
+def _check_target_family(target: ModelConfig) -> None:
+    supported = ", ".join(SUPPORTED_TARGETS)
+    if target.runner_type != "generate":
+        raise ConfigError(
+            f"MSD speeds up text generation, but the target runs as {target.runner_type!r}. Remove "
+            "the speculative config."
+        )
+    if target.architecture not in SUPPORTED_TARGETS:
+        raise ConfigError(
+            f"MSD does not support the target architecture {target.architecture}. "
+            f"Supported: {supported}."
+        )
+    text_type = target.hf_text_config.model_type
+    expected = SUPPORTED_TARGETS[target.architecture]
+    if text_type not in expected:
+        raise ConfigError(
+            f"MSD supports {target.architecture} with a language model of type {expected[0]!r}, "
+            f"got {text_type!r}."
+        )
+
+
+def _check_num_speculative_tokens(value: Any, target: ModelConfig) -> None:
+    limit = min(MAX_SPECULATIVE_TOKENS, target.max_model_len - 1)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise ConfigError(
+            f"num_speculative_tokens: got {value!r}, expected a whole number from 1 to {limit}."
+        )
+
+
+def _check_parallel(request: Mapping[str, Any], parallel: ParallelConfig) -> None:
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size} does not work with MSD: the "
+            "draft shares the target's embedding table, which lies on the first pipeline rank, and "
+            "its head, which lies on the last. Use tensor parallelism instead."
+        )
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            raise ConfigError(
+                f"{name}={getattr(parallel, name)} does not work with MSD: the draft's KV cache is "
+                "not split over context ranks. Set it to 1."
+            )
+    draft_size, size = request.get("draft_tensor_parallel_size"), parallel.tensor_parallel_size
+    if draft_size not in (None, size):
+        raise ConfigError(
+            f"draft_tensor_parallel_size={draft_size} does not work with MSD: the draft shares the "
+            f"target's embedding table and head, which are split over {size} ranks. Leave it out "
+            f"or set it to {size}."
+        )
+
+
+def _check_verification(request: Mapping[str, Any]) -> None:
+    if request.get("rejection_sample_method") == "fly":
+        raise ConfigError(
+            "rejection_sample_method='fly' changes the output, MSD keeps it as it is without "
+            "speculation. Leave it out."
+        )

@@ -1,0 +1,101 @@
+"""The ledger: every place where MSD changes vLLM, with its reason and when it can go.
+
+`python -m vllm_msd.vllm_plugin.patches` prints the list as the table of docs/architecture.md;
+`--check-source DIR` checks the records against an unpacked vLLM without importing it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vllm_msd.vllm_plugin.patching import (
+    SUPPORTED_VERSIONS,
+    Patch,
+    check_source,
+    check_version,
+    version_in_source,
+)
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="speculative-config",
+        target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        parameters=dict.fromkeys(
+            SUPPORTED_VERSIONS, ("self", "target_model_config", "target_parallel_config")
+        ),
+        make="vllm_msd.vllm_plugin.engine_args:wrap_create_speculative_config",
+        what="Turns method `msd` into vLLM's `eagle` with the draft found, and runs the guards.",
+        why="vLLM's speculative methods are a closed list and its config forbids other keys.",
+        remove_when="vLLM lets a plugin register a speculative method.",
+    ),
+    Patch(
+        name="draft-hf-config",
+        target="vllm.config.speculative:SpeculativeConfig.hf_config_override",
+        parameters={
+            "0.32": ("hf_config",),
+            "0.33": ("hf_config", "transformers_mtp_overrides"),
+        },
+        make="vllm_msd.vllm_plugin.engine_args:wrap_hf_config_override",
+        what="Replaces the config of an MSD checkpoint by a Llama or Qwen2 one of our draft class.",
+        why="Published drafts call themselves `llava` or `qwen2_vl` and read as whole targets.",
+        remove_when="vLLM lets a plugin register a speculative method or a draft config override.",
+        used_as=(("vllm.config.speculative", "SpeculativeConfig.hf_config_override"),),
+    ),
+    Patch(
+        name="command-line",
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("parser",)),
+        make="vllm_msd.vllm_plugin.engine_args:wrap_add_cli_args",
+        what="Adds `--speculative-model`, `--num-speculative-tokens` and `--spec-method msd`.",
+        why="The flags are generated from vLLM's own config fields.",
+        remove_when="vLLM lets a plugin add engine arguments.",
+        used_as=(("vllm.engine.arg_utils", "parser = EngineArgs.add_cli_args(parser)"),),
+    ),
+    Patch(
+        name="cpu-sampling",
+        target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+        parameters=dict.fromkeys(
+            SUPPORTED_VERSIONS,
+            (
+                "output",
+                "input_val",
+                "cu_num_tokens",
+                "replace_from",
+                "replace_to",
+                "MAX_NUM_TOKENS",
+            ),
+        ),
+        make="vllm_msd.vllm_plugin.cpu_sampling:wrap_expand_kernel",
+        what="Writes each request's temperature, top-p and top-k to its drafted tokens.",
+        why="Model Runner V1 on the CPU otherwise verifies sampled drafts with uninitialised ones.",
+        remove_when="vLLM issue 55005 is closed in every supported version.",
+        used_as=(("vllm.platforms.cpu", "cpu_tl._expand_kernel_impl"),),
+    ),
+)
+
+
+def markdown_table(patches: tuple[Patch, ...] = PATCHES) -> str:
+    """The list as docs/architecture.md shows it, between its markers."""
+    rows = ["| patch | where | what | why | goes when |", "|---|---|---|---|---|"]
+    rows += [f"| {p.name} | `{p.target}` | {p.what} | {p.why} | {p.remove_when} |" for p in patches]
+    return "\n".join(["<!-- patches:begin -->", *rows, "<!-- patches:end -->"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, or check the records against unpacked sources (exit 1 on a mismatch)."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_msd.vllm_plugin.patches")
+    parser.add_argument("--check-source", type=Path, metavar="DIR", help="folder holding vllm/")
+    parser.add_argument("--version", help="vLLM version of DIR (default: read from its files)")
+    args = parser.parse_args(argv)
+    if args.check_source is None:
+        print(markdown_table())
+        return 0
+    version = args.version or version_in_source(args.check_source)
+    check_version(version)
+    problems = check_source(args.check_source, version, PATCHES)
+    print("\n".join(problems) or f"{len(PATCHES)} patch points fit vLLM {version}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
