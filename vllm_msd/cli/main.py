@@ -1,6 +1,63 @@
-"""Placeholder."""
+"""The ``vllm-msd`` command.
+
+Command modules define ``add_parsers(subparsers)`` and give each parser a default ``func`` that
+takes the parsed arguments and returns an exit code (``None`` counts as 0). They import torch,
+transformers and vLLM inside that function only, so that ``vllm-msd --help`` answers at once.
+
+Exit codes: 0 done, 1 the command found something wrong, 2 a mistake of the user's, told in a
+sentence without a traceback.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vllm_msd import __version__
+from vllm_msd.errors import MSDError
+
+COMMAND_MODULES = ("doctor", "checkpoint_commands", "demo_commands")
+
+NO_VLLM = (
+    "vLLM is not installed. Install it together with this package: "
+    'pip install "vllm-msd[gpu]" for a machine with an accelerator, '
+    'pip install "vllm-msd[cpu]" for one without.'
+)
 
 
-def main() -> int:
-    """Entry point."""
-    return 0
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser with every command."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-msd",
+        description="Multimodal Speculative Decoding (MSD) for vLLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-msd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMAND_MODULES:
+        importlib.import_module(f"vllm_msd.cli.{name}").add_parsers(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.func(args) or 0
+    except MSDError as error:
+        return _user_error(str(error))
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        return _user_error(NO_VLLM)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _user_error(message: str) -> int:
+    print(f"vllm-msd: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
