@@ -52,6 +52,22 @@ PATCHES: tuple[Patch, ...] = (
         used_as=(("vllm.engine.arg_utils", "parser = EngineArgs.add_cli_args(parser)"),),
     ),
     Patch(
+        name="v1-drafter",
+        target="vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
+        make="vllm_msd.vllm_plugin.worker_hook:wrap_init_device",
+        what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built.",
+        why="The EAGLE drafter of V1 feeds the draft a wrong row at the end of a prompt chunk, "
+        "M-RoPE positions, and stops drafting for all when one request nears max_model_len.",
+        remove_when="Model Runner V1 is gone from every supported version.",
+        used_as=(
+            (
+                "vllm.v1.worker.gpu_model_runner",
+                "self.drafter = EagleProposer(self.vllm_config, self.device, self)",
+            ),
+        ),
+    ),
+    Patch(
         name="cpu-sampling",
         target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
         parameters=dict.fromkeys(
