@@ -4,6 +4,7 @@ Two kinds of ``config.json`` are understood: the published flat ones (``model_ty
 ``qwen2_vl``) and this project's own (``model_type`` ``msd``).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -108,7 +109,8 @@ class MSDDraftConfig:
             _positive_int(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 raise ConfigError(f"{name}: got {value!r}, expected a positive number.")
         for name in ("attention_bias", "input_norm", "fc_bias"):
             if not isinstance(getattr(self, name), bool):
@@ -135,7 +137,7 @@ class MSDDraftConfig:
         model_type = d.get("model_type")
         if model_type == "msd":
             return cls._from_own(d)
-        if model_type in PUBLISHED_LAYOUTS:
+        if isinstance(model_type, str) and model_type in PUBLISHED_LAYOUTS:
             return cls._from_published(d, model_type)
         known = ("msd", *PUBLISHED_LAYOUTS)
         raise ConfigError(
@@ -174,6 +176,8 @@ class MSDDraftConfig:
                 "when head_dim is not given."
             )
         rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"rope_scaling: got {rope!r}, expected a table or null.")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in _PLAIN_ROPE_TYPES:
             raise ConfigError(
@@ -181,7 +185,6 @@ class MSDDraftConfig:
             )
         if d.get("use_sliding_window"):
             raise ConfigError("use_sliding_window: got true, a draft supports full attention only.")
-        architectures = d.get("architectures") or [None]
         return cls(
             layer_type=implied["layer_type"],
             hidden_size=hidden,
@@ -198,7 +201,6 @@ class MSDDraftConfig:
             input_norm=implied["input_norm"],
             hidden_act=d.get("hidden_act", "silu"),
             torch_dtype=d.get("torch_dtype") or d.get("dtype") or "float32",
-            target=TargetInfo(None, architectures[0], hidden, d["vocab_size"]),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""Loading, saving and converting drafts."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vllm_msd.checkpoint import files, weights
+from vllm_msd.checkpoint.fit import check_draft_fits_target, text_config
+from vllm_msd.draft import MSDDraftConfig, TargetInfo
+from vllm_msd.errors import CheckpointError
+
+Progress = Callable[[str], None]
+
+
+def load_draft_config(path: str | Path, revision: str | None = None) -> MSDDraftConfig:
+    """Read a draft's config and check names and shapes of its weights, without reading them.
+
+    Args:
+        path: folder or hub name of a draft, in a published layout or our own.
+        revision: of a hub name.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, unreadable or incomplete.
+    """
+    return _read(files.locate(path, revision))[0]
+
+
+def load_draft(
+    path: str | Path, revision: str | None = None
+) -> tuple[MSDDraftConfig, dict[str, Tensor]]:
+    """Read a draft: its config, and its weights by their published names on the CPU.
+
+    The embedding table is among the weights if the checkpoint holds it. Raises like
+    `load_draft_config`, and for weights that are not finite.
+    """
+    config, headers, paths = _read(files.locate(path, revision))
+    state = weights.read_tensors(paths)
+    state = {name: state[name].detach() for name in headers if not weights.is_derived(name)}
+    for name, x in state.items():
+        if not torch.isfinite(x).all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinite numbers. The checkpoint is damaged or its "
+                "training diverged; fetch it again or use an earlier one."
+            )
+    return config, state
+
+
+def save_draft(
+    path: str | Path,
+    config: MSDDraftConfig,
+    state: Mapping[str, Tensor],
+    target_info: TargetInfo | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a draft in our own format; an existing one is replaced as a whole.
+
+    Args:
+        path: folder to write to, made if missing.
+        config: the draft's config; the recorded dtype is taken from the weights.
+        state: weights by their published names, on any device; the embedding table is optional.
+        target_info: the target it was trained for; None keeps what ``config`` says.
+        progress: called with a line per step.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the weights are not those of the config, or cannot be written.
+    """
+    folder, note = Path(path).expanduser(), progress or (lambda line: None)
+    headers = {
+        name: weights.TensorHeader(
+            name, tuple(x.shape), str(x.dtype).removeprefix("torch."), folder / files.OWN_WEIGHTS
+        )
+        for name, x in state.items()
+    }
+    problems = weights.find_problems(config, headers, needs_embedding=False)
+    if problems:
+        raise CheckpointError(
+            "the weights to save are not those of the config: " + "; ".join(problems)
+        )
+    if target_info is not None:
+        if not isinstance(target_info, TargetInfo):
+            target_info = TargetInfo.from_dict(target_info)
+        config = replace(config, target=target_info)
+    config = replace(config, torch_dtype=headers["fc.weight"].dtype)
+
+    tensors = {}
+    for number, (name, x) in enumerate(state.items(), 1):
+        note(f"[{number}/{len(state)}] {name} {tuple(x.shape)} {headers[name].dtype}")
+        # safetensors wants memory of its own for every tensor.
+        tensors[name] = x.detach().to("cpu", copy=True).contiguous()
+    note(f"writing {folder / files.OWN_WEIGHTS}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A reader sees the old checkpoint or the new one, never half of one file.
+        partial = folder / f"{files.OWN_WEIGHTS}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, folder / files.OWN_WEIGHTS)
+        partial = folder / f"{files.CONFIG}.partial"
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / files.CONFIG)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return folder
+
+
+def convert_draft(
+    src: str | Path,
+    dst: str | Path,
+    target: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MSDDraftConfig:
+    """Turn a draft in any layout into one in our own format, weights unchanged.
+
+    Args:
+        src: folder or hub name of the draft.
+        dst: folder to write to.
+        target: folder or hub name of the target it was trained for, to be recorded. A folder is
+            checked to fit, a hub name is recorded as it is.
+        force: write into a folder that is not empty.
+        progress: called with a line per step.
+
+    Returns:
+        The new checkpoint's config.
+
+    Raises:
+        CheckpointError: the draft is unusable, does not fit the target, or ``dst`` is taken.
+    """
+    source, folder = files.locate(src), Path(dst).expanduser()
+    if folder.exists() and (not folder.is_dir() or folder.samefile(source)):
+        raise CheckpointError(f"{dst}: got the source or a file, expected a folder of its own.")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise CheckpointError(
+            f"{dst} is not empty. Give another folder, or --force to write into this one."
+        )
+    config = load_draft_config(source)
+    target_info = config.target if target is None else _target_info(target, config, folder)
+    _, state = load_draft(source)
+    save_draft(folder, config, state, target_info, progress)
+    return load_draft_config(folder)
+
+
+def _read(
+    folder: Path,
+) -> tuple[MSDDraftConfig, dict[str, weights.TensorHeader], list[Path]]:
+    """Config, checked tensor headers and weight files of a checkpoint's folder."""
+    config, raw = files.read_config(folder)
+    paths, index = files.weight_files(folder)
+    headers = weights.read_headers(paths, index)
+    layout = raw["model_type"]
+    problems = weights.find_problems(config, headers, needs_embedding=layout != "msd")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the weights are not those of a draft of layout {layout!r} with this "
+            "config.json:\n  " + "\n  ".join(problems) + "\nFetch the checkpoint again, or check "
+            "that config.json and weights belong together; 'vllm-msd inspect' lists what it holds."
+        )
+    return config, headers, paths
+
+
+def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path) -> TargetInfo:
+    """What to record about the target; a local one is checked."""
+    folder = Path(target).expanduser()
+    if not folder.is_dir():
+        if not files.is_hub_name(str(target)):
+            raise CheckpointError(
+                f"target {target}: there is no such folder. Give the target's folder or hub name "
+                "(org/name)."
+            )
+        return replace(config.target, name_or_path=str(target))
+    from transformers import AutoConfig
+
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"target {folder}: its config.json cannot be read: {error}. Give the folder of the "
+            "target."
+        ) from error
+    check_draft_fits_target(config, hf_config)
+    text = text_config(hf_config)
+    name = folder.resolve()
+    draft_folder = draft_folder.resolve()
+    # A pair that lies together stays a pair when it is moved.
+    if draft_folder.parent in (name, name.parent):
+        name = Path(os.path.relpath(name, draft_folder))
+    architecture = (hf_config.architectures or [None])[0]
+    return TargetInfo(str(name), architecture, text.hidden_size, text.vocab_size)
