@@ -101,7 +101,7 @@ def check_engine(
     check_draft_fits_target(draft, target.hf_config)
     _check_num_speculative_tokens(request["num_speculative_tokens"], target)
     _check_parallel(request, parallel)
-    _check_verification(request)
+    _check_settings(request)
     load_format = str(engine_args.load_format)
     if load_format in _TARGET_ONLY_LOADERS and request.get("draft_load_config") is None:
         raise ConfigError(
@@ -166,7 +166,12 @@ def _check_parallel(request: Mapping[str, Any], parallel: ParallelConfig) -> Non
         )
 
 
-def _check_verification(request: Mapping[str, Any]) -> None:
+def _check_settings(request: Mapping[str, Any]) -> None:
+    if request.get("disable_padded_drafter_batch"):
+        raise ConfigError(
+            "disable_padded_drafter_batch does not work with MSD: the draft needs to know which "
+            "rows of the padded batch are visual. Leave it out."
+        )
     if request.get("rejection_sample_method") == "fly":
         raise ConfigError(
             "rejection_sample_method='fly' changes the output, MSD keeps it as it is without "
