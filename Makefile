@@ -1,0 +1,42 @@
+# Everything sets itself up: a virtual environment, vLLM, this package. Later calls start at once.
+#   make demo                 the trained demo pair with and without MSD; writes demo/report.html
+#   make test                 all tests; TESTS=tests/unit for some of them
+#   make lint                 ruff
+#   make check-033            the plugin and its tests against vLLM 0.33
+#   DEVICE=gpu make demo      with vLLM's own wheels, on a machine with an accelerator
+#   VENV=folder, PYTHON=python3.12: where the environment lies, and what it is made with
+
+DEVICE ?= cpu
+VENV ?= .venv
+TESTS ?= tests
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(DEVICE)
+VLLM_033_TESTS ?= tests/vllm
+
+.PHONY: demo test lint check-033 setup clean
+
+demo: $(READY)
+	$(BIN)/vllm-msd demo run $(DEMO_ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(TESTS) --durations=10
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+check-033: $(READY)
+	folder=$$($(BIN)/python tools/overlay_033.py) && \
+	$(BIN)/python -m vllm_msd.vllm_plugin.patches --check-source "$$folder" && \
+	PYTHONPATH="$$folder$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(BIN)/python -m pytest $(VLLM_033_TESTS) --durations=10
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py vllm_msd_startup.pth tools/setup_venv.sh
+	tools/setup_venv.sh "$(VENV)" "$(DEVICE)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
