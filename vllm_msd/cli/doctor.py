@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 INSTALL = 'pip install "vllm-msd[gpu]" (accelerator) or pip install "vllm-msd[cpu]" (none)'
-PAIR_FILES = ("target/config.json", "target/model.safetensors", "draft/config.json")
 
 
 @dataclass(frozen=True)
@@ -227,13 +226,15 @@ def _patches() -> Iterator[Finding]:
 
 
 def _demo_pair() -> Iterator[Finding]:
-    folder = Path(__file__).parent.parent / "demo" / "pair"
-    missing = [name for name in PAIR_FILES if not (folder / name).is_file()]
-    if missing:
-        fix = "reinstall the package, or rebuild the pair with: vllm-msd demo build"
-        yield Finding("demo", "trained pair", f"missing {', '.join(missing)}", fix)
+    from vllm_msd.demo.paths import demo_pair
+    from vllm_msd.errors import CheckpointError
+
+    try:
+        pair = demo_pair()
+    except CheckpointError as error:
+        yield Finding("demo", "trained pair", "missing", str(error))
     else:
-        yield Finding("demo", "trained pair", str(folder))
+        yield Finding("demo", "trained pair", str(pair.target.parent))
 
 
 def _machine() -> Iterator[Finding]:
