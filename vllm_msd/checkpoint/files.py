@@ -57,8 +57,8 @@ def _download(name: str, revision: str | None) -> Path:
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{name}: there is no such folder, and the hub did not give it: {reason} Check the "
-            "name and the network, or download it elsewhere and give its folder."
+            f"{name}: there is no such folder, and the hub did not give it ({reason}). Check "
+            "the name and the network, or download it elsewhere and give its folder."
         ) from error
 
 

@@ -1,0 +1,162 @@
+"""Trees: growing batched equals one by one and equals a plain search; records; acceptance."""
+
+import pytest
+import torch
+
+from tests.common.drafts import LAYOUTS, small_draft
+from vllm_msd.draft import DraftCache
+from vllm_msd.errors import ConfigError
+from vllm_msd.tree import (
+    DraftTree,
+    TreeShape,
+    accept_greedy,
+    draft_tree,
+    grow_tree,
+    retrieve_indices,
+    tree_mask,
+)
+
+SHAPE = TreeShape(total_tokens=12, depth=3, top_k=3)
+
+
+def random_tree(seed, nodes=20):
+    """A random tree whose siblings have distinct tokens."""
+    torch.manual_seed(seed)
+    parents = torch.tensor([-1] + [int(torch.randint(n, ())) for n in range(1, nodes)])
+    return DraftTree.from_parents(torch.randperm(50)[None, :nodes], parents[None])
+
+
+def walk_up(parents, node):
+    path = [node]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    return path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_record_agrees_with_walking_up(seed):
+    tree = random_tree(seed)
+    parents, mask = tree.parents[0].tolist(), tree_mask(tree)[0]
+    for node in range(tree.num_nodes):
+        path = walk_up(parents, node)
+        assert mask[node].nonzero().flatten().tolist() == path
+        assert int(tree.depths[0, node]) == len(path) - 1
+    paths = retrieve_indices(tree.parents[0])
+    leaves = [n for n in range(tree.num_nodes) if n not in parents]
+    assert [[n for n in row if n >= 0] for row in paths.tolist()] == [
+        walk_up(parents, leaf) for leaf in leaves
+    ]
+    by_node = retrieve_indices(tree.parents[0], lexicographic=True).tolist()
+    assert sorted(by_node) == sorted(paths.tolist())
+    assert by_node == sorted(by_node, key=lambda row: [99 if n < 0 else n for n in row])
+
+
+def test_a_chain_of_64_fits_the_bitmask():
+    parents = torch.arange(-1, 63)[None]
+    tree = DraftTree.from_parents(torch.arange(64)[None], parents)
+    assert torch.equal(tree_mask(tree)[0], torch.ones(64, 64).tril().bool())
+    with pytest.raises(ValueError, match="65"):
+        DraftTree.from_parents(torch.arange(65)[None], torch.arange(-1, 64)[None])
+
+
+@pytest.mark.parametrize("parents", [[-1, 1, 0], [-1, -1, 0], [0, 0, 0]])
+def test_parents_out_of_order_are_refused(parents):
+    with pytest.raises(ValueError, match="parents"):
+        DraftTree.from_parents(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([parents]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_growing_a_batch_equals_one_by_one(layout):
+    """Requests of unequal length in one padded cache grow the trees they would grow alone."""
+    draft = small_draft(layout, seed=5).double()
+    head = torch.randn(40, 32, dtype=torch.double) * 0.3
+    lengths = torch.tensor([7, 3, 5])
+    x = torch.randn(2, 3, 7, 32, dtype=torch.double)
+    visual = torch.zeros(3, 7, dtype=torch.bool)
+    visual[0, 2:5] = True
+    positions = torch.arange(7).expand(3, 7)
+    roots = torch.tensor([4, 8, 15])
+    with torch.no_grad():
+        cache = DraftCache()
+        out = draft(*x, visual, positions, positions < lengths[:, None], cache)
+        last = out[torch.arange(3), lengths - 1]
+        args = (draft.embed_tokens, lambda h: h @ head.T, SHAPE)
+        together = draft_tree(draft, cache, last, roots, *args)
+        assert cache.num_columns == 7
+        for b, n in enumerate(lengths.tolist()):
+            own = DraftCache()
+            rows = (t[b : b + 1, :n] for t in (*x, visual, positions))
+            alone_out = draft(*rows, cache=own)
+            alone = draft_tree(draft, own, alone_out[:, -1], roots[b : b + 1], *args)
+            for name in ("tokens", "parents", "depths", "ancestors"):
+                assert torch.equal(getattr(together, name)[b : b + 1], getattr(alone, name)), name
+
+
+def test_growing_keeps_the_most_probable_nodes():
+    """A draft whose tokens do not depend on their past: the tree is known beforehand."""
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]]))
+
+    def expand(tokens, hidden, visible, level):
+        assert visible.shape == (1, 2, 2 * (level + 1))
+        return logits[:, None].expand(1, 2, 3), hidden
+
+    tree = grow_tree(
+        torch.tensor([9]), logits, torch.zeros(1, 4), expand, TreeShape(6, depth=2, top_k=2)
+    )
+    # 0.6, 0.36, 0.3, 0.216, then 0.18 twice: the level above comes first in candidate order.
+    assert tree.tokens.tolist() == [[9, 0, 1, 0, 1, 0]]
+    assert tree.parents.tolist() == [[-1, 0, 0, 1, 1, 3]]
+
+
+def test_certain_tokens_do_not_lose_their_parents():
+    """A chain of probability one: every node of it scores the same."""
+    logits = torch.tensor([[0.0, -200.0, -300.0]])
+
+    def expand(tokens, hidden, visible, level):
+        return logits[:, None].expand(1, 2, 3), hidden
+
+    tree = grow_tree(
+        torch.tensor([9]), logits, torch.zeros(1, 4), expand, TreeShape(4, depth=4, top_k=2)
+    )
+    assert tree.parents.tolist() == [[-1, 0, 1, 2]]
+    assert tree.tokens.tolist() == [[9, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("sizes", [(14, 1, 3), (66, 5, 8), (1, 1, 3), (4, -1, 3), (4, 1, 0)])
+def test_impossible_shapes_are_refused(sizes):
+    with pytest.raises(ConfigError, match="tree: got"):
+        TreeShape(*sizes)
+
+
+def test_acceptance_of_a_mixed_batch():
+    """None accepted, part of a path, a whole path, and a right token below a wrong one."""
+    parents = torch.tensor([[-1, 0, 0, 1, 3]]).expand(4, 5)
+    tokens = torch.tensor([[7, 1, 2, 3, 4]]).expand(4, 5)
+    target = torch.tensor([[9, 3, 0, 4, 5], [2, 3, 6, 4, 5], [1, 3, 6, 4, 5], [1, 8, 6, 4, 5]])
+    result = accept_greedy(DraftTree.from_parents(tokens, parents), target)
+    assert result.lengths.tolist() == [0, 1, 3, 1]
+    assert result.next_tokens.tolist() == [9, 6, 5, 8]
+    assert result.nodes.tolist() == [
+        [0, -1, -1, -1], [0, 2, -1, -1], [0, 1, 3, 4], [0, 1, -1, -1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_acceptance_equals_a_walk_down(seed):
+    """The record's vectorised acceptance against following the target token by token."""
+    tree = random_tree(seed)
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    torch.manual_seed(100 + seed)
+    for _ in range(20):
+        children = {p: [n for n, q in enumerate(parents) if q == p] for p in range(len(parents))}
+        target = [
+            tokens[c[int(torch.randint(len(c), ()))]] if c and torch.rand(()) < 0.7 else 50
+            for c in children.values()
+        ]
+        path = [0]
+        while step := [n for n in children[path[-1]] if tokens[n] == target[path[-1]]]:
+            path += step
+        result = accept_greedy(tree, torch.tensor([target]))
+        assert result.lengths.tolist() == [len(path) - 1]
+        assert result.nodes[0, : len(path)].tolist() == path
+        assert result.next_tokens.tolist() == [target[path[-1]]]
