@@ -1,0 +1,73 @@
+"""A small in-process vLLM engine on the CPU in fp32, and what its metrics say about speculation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def open_engine(target: str, draft: str | None, spec_tokens: int = 5, **options: Any) -> Any:
+    """An in-process fp32 ``vllm.LLM``, small enough that chunked prefill and mixed steps happen."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 448,
+        "kv_cache_memory_bytes": 256 << 20,
+        "limit_mm_per_prompt": {"image": 3},
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if draft is not None:
+        settings["speculative_config"] = {
+            "method": "msd",
+            "model": draft,
+            "num_speculative_tokens": spec_tokens,
+        }
+    return LLM(model=target, **{**settings, **options})
+
+
+def runner_of(engine: Any) -> str:
+    """``"v1"`` or ``"v2"``: the model runner that this engine really uses."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def is_v1(worker: Any) -> bool:
+        return isinstance(worker.model_runner, GPUModelRunner)
+
+    return "v1" if engine.collective_rpc(is_v1)[0] else "v2"
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """vLLM's own counters since the engine started, or between two readings of them."""
+
+    steps: int
+    drafted: int
+    accepted: int
+
+    @property
+    def rejected(self) -> int:
+        return self.drafted - self.accepted
+
+    def __sub__(self, earlier: Acceptance) -> Acceptance:
+        return Acceptance(
+            self.steps - earlier.steps,
+            self.drafted - earlier.drafted,
+            self.accepted - earlier.accepted,
+        )
+
+
+def acceptance(engine: Any) -> Acceptance:
+    """What vLLM's metrics say about speculation in this process."""
+    values = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    prefix = "vllm:spec_decode_num_"
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    return Acceptance(*(int(values.get(prefix + name, 0)) for name in names))
+
+
+def counted(counts: Acceptance) -> dict[str, int]:
+    """The counters as plain numbers."""
+    return {**asdict(counts), "rejected": counts.rejected}

@@ -1,0 +1,78 @@
+"""Runs a losslessness job in a process of its own: ``run_worker("greedy", "v2", ...)``.
+
+Model Runner V2 needs Triton's interpreter switched on before Python starts, and the wrong
+acceptance rules that serve as negative controls must not reach anybody else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
+JOBS = {
+    "greedy": "tests.common.lossless:greedy_identity",
+    "sampling": "tests.common.sampling:sampled_distribution",
+}
+
+
+def run_worker(job: str, runner: str, timeout: float = 900, **arguments: Any) -> dict[str, Any]:
+    """Run a job of ``JOBS`` in a fresh process under the given model runner; returns its report.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it printed last.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    if runner == "v2":
+        environment["PYTHONPATH"] = f"{INTERPRETER}{os.pathsep}{REPOSITORY}"
+        environment["TRITON_INTERPRET"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        order = json.dumps({"job": job, "arguments": {"runner": runner, **arguments}})
+        command = [sys.executable, "-m", "tests.common.worker", order, str(report)]
+        process = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if process.returncode or not report.exists():
+            raise RuntimeError(
+                f"{job} under {runner} ended with {process.returncode}:\n{process.stdout[-6000:]}"
+            )
+        return json.loads(report.read_text())
+
+
+def main() -> None:
+    """The worker: one job, given as JSON, its report written to a file."""
+    parser = argparse.ArgumentParser(prog="python -m tests.common.worker")
+    parser.add_argument("order", help='{"job": ..., "arguments": {...}}')
+    parser.add_argument("report", type=Path, help="file to write")
+    options = parser.parse_args()
+    order = json.loads(options.order)
+    module, _, function = JOBS[order["job"]].partition(":")
+    report = getattr(importlib.import_module(module), function)(**order["arguments"])
+    options.report.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
