@@ -73,7 +73,7 @@ def test_grown_trees_with_real_logits(verification, draft_references):
     assert names
     for name in names:
         logits = verification[f"greedy_dyn.{name}.node_logits"]
-        [ref] = [r for r in draft_references if r.info["config"]["vocab_size"] == logits.shape[1]]
+        ref = next(r for r in draft_references if r.config.vocab_size == logits.shape[1])
         drafted = recorded_tree(ref, name)
         assert torch.equal(tree_mask(drafted)[:, None].byte(), ref[f"{name}.tree_mask"])
         result = accept_greedy(drafted, logits.argmax(-1)[None])

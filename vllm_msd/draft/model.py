@@ -153,5 +153,7 @@ def _visibility(
     row = torch.arange(rows, device=device)[:, None] + past
     column = torch.arange(columns, device=device)
     seen = attention_mask.bool() if is_tree else column <= row
-    # A row always sees itself, so that padded rows stay finite.
-    return ((seen & valid[:, None]) | (column == row))[:, None]
+    visible = seen & valid[:, None]
+    # A padded row with nothing real before it sees itself, to stay finite.
+    sees_nothing = ~visible.any(-1, keepdim=True)
+    return (visible | sees_nothing & (column == row))[:, None]
