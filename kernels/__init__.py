@@ -1,5 +1,12 @@
-"""GPU kernels, importable as ``vllm_msd.kernels``.
+"""Attention kernels for speculative decoding over token trees, importable as ``vllm_msd.kernels``.
 
-Each kernel lives in a file of its own with an eager twin in the same file that reads like the
-definition; tests compare the two. Importing this package imports neither torch nor Triton.
+Each kernel has a folder of its own that holds the Triton code and, beside it, an eager twin that
+reads like the definition; tests compare the two. Nothing here imports vLLM, and Triton is imported
+only when a kernel is launched. ``docs/kernels.md`` says what there is and what it costs.
 """
+
+# The function takes the name of its folder: ``from vllm_msd.kernels import tree_attention``.
+from .tree_attention.api import TreeAttentionWorkspace, tree_attention
+from .tree_attention.eager import ancestor_bits
+
+__all__ = ["TreeAttentionWorkspace", "ancestor_bits", "tree_attention"]

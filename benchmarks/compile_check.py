@@ -1,0 +1,191 @@
+"""Compile the tree attention kernels for sm_80 and sm_90 and record what the code needs; no GPU.
+
+Triton's wheel brings NVIDIA's assembler, so real machine code can be made and looked at anywhere:
+registers per thread, spilled bytes, shared memory per block. Exits with 1 if a kernel spills or
+does not fit. What this cannot say is how fast the code runs, or that it is right on a device.
+
+    python benchmarks/compile_check.py [--quick] [--out benchmarks/results/FILE.json]
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# The interpreter must be off when the kernels are imported, or there is nothing to compile.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_msd.kernels.tree_attention.launch import LaunchConfig, choose_config, power_of_two
+from vllm_msd.kernels.tree_attention.triton_kernel import (
+    merge_splits_kernel,
+    tree_attention_kernel,
+)
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+POINTERS = ("out", "partial", "partial_lse", "q", "k", "v", "block_table", "seq_lens")
+POINTERS += ("query_start", "tree_start", "ancestors", "k_scale", "v_scale")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of the attention kernel: rows are (token, head) rows per request and KV head."""
+
+    arch: int
+    head_size: int
+    rows: int
+    group: int = 1
+    q: str = "bf16"
+    cache: str = "bf16"
+    splits: int = 8
+    tree: bool = True
+
+
+def all_cases() -> list[Case]:
+    """Every head size at the tiles the launcher picks for decoding, trees and prefill."""
+    cases = []
+    for arch in (80, 90):
+        for head_size in (64, 80, 96, 128, 256):
+            cases += [Case(arch, head_size, rows) for rows in (1, 64, 512)]
+        cases += [
+            Case(arch, 128, 20),
+            Case(arch, 128, 427, group=7),  # Qwen2-VL-7B: 61 tokens, 28 heads over 4
+            Case(arch, 128, 512, splits=1),
+            Case(arch, 128, 64, tree=False),
+            Case(arch, 128, 64, q="fp16", cache="fp16"),
+            Case(arch, 128, 64, q="fp32", cache="fp32"),
+            Case(arch, 256, 64, q="fp32", cache="fp32"),
+        ]
+    # e4m3 conversions exist from sm_89 on.
+    cases += [Case(90, h, rows, cache="fp8e4nv") for h in (64, 128, 256) for rows in (1, 64, 512)]
+    cases += [Case(80, 128, 64, cache="fp8e5")]
+    return cases
+
+
+def quick_cases() -> list[Case]:
+    """A few that stand for the rest: the main shape on both targets and the largest head."""
+    return [Case(80, 128, 64), Case(90, 128, 64), Case(90, 256, 512), Case(80, 256, 64)]
+
+
+def compile_attention(case: Case) -> tuple[dict, LaunchConfig]:
+    """Compile one variant, with the argument alignment that serving has."""
+    config = choose_config(
+        case.rows, case.group, case.head_size, ITEMSIZE[case.q], hopper=case.arch == 90
+    )
+    constants = {
+        "GROUP": case.group,
+        "HEAD_SIZE": case.head_size,
+        "BLOCK_D": power_of_two(case.head_size),
+        "BLOCK_SIZE": 16,
+        "BLOCK_M": config.block_m,
+        "TILE": config.tile,
+        "REQUESTS": 64,
+        "NUM_SPLITS": case.splits,
+        "HAS_TREE": case.tree,
+        "STAGES": config.num_stages,
+        "PRECISION": "ieee" if case.q == "fp32" else "tf32",
+    }
+    types = dict.fromkeys(("partial", "partial_lse", "k_scale", "v_scale"), "fp32")
+    types |= {"out": case.q, "q": case.q, "k": case.cache, "v": case.cache, "ancestors": "i64"}
+    unused = () if case.splits > 1 else ("partial", "partial_lse")
+    unused += () if case.tree else ("tree_start", "ancestors")
+    unused += () if case.cache.startswith("fp8") else ("k_scale", "v_scale")
+    constants |= {f"{name}_ptr": None for name in unused}
+    signature = {}
+    for name in tree_attention_kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{types.get(name.removesuffix('_ptr'), 'i32')}"
+        else:
+            signature[name] = "fp32" if name == "score_scale" else "i32"
+    return build(tree_attention_kernel, signature, constants, case.arch, config), config
+
+
+def compile_merge(arch: int, head_size: int, splits: int) -> dict:
+    constants = {
+        "HEAD_SIZE": head_size,
+        "BLOCK_D": power_of_two(head_size),
+        "NUM_SPLITS": splits,
+        "SPLITS_PADDED": power_of_two(splits),
+    }
+    signature = {"out_ptr": "*bf16", "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32"}
+    signature |= {"query_start_ptr": "*i32", "num_requests": "i32"}
+    signature |= {"stride_ot": "i32", "stride_oh": "i32"} | dict.fromkeys(constants, "constexpr")
+    return build(merge_splits_kernel, signature, constants, arch, LaunchConfig(16, 16, 4, 1))
+
+
+def build(
+    kernel: triton.JITFunction, signature: dict, constants: dict, arch: int, config: LaunchConfig
+) -> dict:
+    """Compile and measure: registers per thread, spilled bytes, shared memory per block."""
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if (name.endswith("_ptr") or name.startswith("stride_")) and name not in constants
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(registers),
+        "spilled_bytes": int(stack) + int(local),  # the kernels have no arrays of their own
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core": "wgmma" if "wgmma." in ptx else "mma" if "mma.sync" in ptx else "none",
+        "async_copies": ptx.count("cp.async.c"),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="four cases instead of all")
+    parser.add_argument("--out", type=Path, help="where to write the JSON record")
+    args = parser.parse_args(argv)
+
+    rows, bad = [], 0
+    for case in quick_cases() if args.quick else all_cases():
+        figures, config = compile_attention(case)
+        rows.append({"kernel": "attention", **asdict(case), **asdict(config), **figures})
+    for arch in (80, 90):
+        for head_size in (128,) if args.quick else (64, 80, 96, 128, 256):
+            figures = compile_merge(arch, head_size, 32)
+            rows.append({"kernel": "merge", "arch": arch, "head_size": head_size, **figures})
+    for row in rows:
+        row["fits"] = not row["spilled_bytes"] and row["shared_bytes"] <= SHARED_LIMIT[row["arch"]]
+        bad += not row["fits"]
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+
+    record = {
+        "what": "compiled, not run: registers per thread, spilled bytes, shared bytes per block",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "triton": triton.__version__,
+        "shared_limit_bytes": {f"sm_{arch}": limit for arch, limit in SHARED_LIMIT.items()},
+        "kernels": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(rows)} kernels, {bad} that spill or do not fit")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
