@@ -204,6 +204,24 @@ def test_speculative_model_leaves_a_named_method_alone(parser):
         assert engine_args.gather_request(args) is None
 
 
+@pytest.mark.parametrize(
+    ("target", "model", "message"),
+    [
+        ("org/unknown", "msd", "no MSD draft is known for the target org/unknown"),
+        ("llava-hf/llava-1.5-7b-hf", "nonsense", "neither a folder nor a hub name"),
+    ],
+)
+def test_serve_ends_at_a_wrong_draft_without_a_traceback(capsys, target, model, message):
+    parser = FlexibleArgumentParser()
+    parser.add_argument("model_tag", nargs="?")
+    parser = AsyncEngineArgs.add_cli_args(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([target, "--speculative-model", model])
+    assert message in capsys.readouterr().err
+    other = parser.parse_args([target, "--spec-method", "eagle", "--speculative-model", model])
+    assert other.spec_method == "eagle"
+
+
 def test_flags_are_in_the_help(parser, monkeypatch, capsys):
     for keyword, expected in [
         ("VllmConfig", ["--speculative-model", "--num-speculative-tokens", "--spec-method {msd,"]),

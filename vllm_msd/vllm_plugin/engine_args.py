@@ -164,7 +164,11 @@ def wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SpeculativeModelAction(argparse.Action):
-    """Stores `spec_model`, and `spec_method` msd where no method was given."""
+    """Stores `spec_model`, and `spec_method` msd where no method was given.
+
+    Where the target is already known (`vllm serve TARGET ...`), the draft is looked up here too:
+    a mistake then ends like any other wrong argument, without a traceback.
+    """
 
     def __call__(
         self,
@@ -176,6 +180,12 @@ class SpeculativeModelAction(argparse.Action):
         namespace.spec_model = values
         if namespace.spec_method is None:
             namespace.spec_method = METHOD
+        target = getattr(namespace, "model_tag", None)
+        if target is not None and namespace.spec_method == METHOD:
+            try:
+                resolve.find_draft(target, values)
+            except ConfigError as error:
+                parser.error(str(error))
 
 
 @contextmanager
