@@ -19,6 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
 JOBS = {
+    "chain": "tests.common.chain_identity:chain_identity",
     "greedy": "tests.common.lossless:greedy_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
 }

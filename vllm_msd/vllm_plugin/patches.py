@@ -87,6 +87,36 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="vLLM issue 55005 is closed in every supported version.",
         used_as=(("vllm.platforms.cpu", "cpu_tl._expand_kernel_impl"),),
     ),
+    Patch(
+        name="cpu-top-k",
+        target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("logits", "k")),
+        make="vllm_msd.vllm_plugin.cpu_sampling:wrap_apply_top_k_only",
+        what="Lets top-k sampling pass when a step has no drafted tokens.",
+        why="Without top-p, Model Runner V1 on the CPU fails on the empty batch; the engine dies.",
+        remove_when="vLLM's apply_top_k_only accepts an empty batch in every supported version.",
+        used_as=(("vllm.v1.sample.ops.topk_topp_sampler", "return apply_top_k_only(logits, k)"),),
+    ),
+    Patch(
+        name="adjacent-images",
+        target="vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
+        parameters=dict.fromkeys(
+            SUPPORTED_VERSIONS,
+            (
+                "self",
+                "request",
+                "num_computed_tokens",
+                "num_new_tokens",
+                "encoder_compute_budget",
+                "shift_computed_tokens",
+            ),
+        ),
+        make="vllm_msd.vllm_plugin.encoder_lookahead:wrap_try_schedule_encoder_inputs",
+        what="Lets a prompt go on when its next image must wait for the one before it.",
+        why="The draft reads one row ahead, and vLLM 0.32 waits forever for both of two adjacent "
+        "images when the encoder cache holds only one.",
+        remove_when="Support for vLLM 0.32 ends; 0.33 schedules without the look-ahead.",
+    ),
 )
 
 
