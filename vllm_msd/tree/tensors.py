@@ -17,8 +17,8 @@ def retrieve_indices(parents: Tensor, lexicographic: bool = False) -> Tensor:
 
     Args:
         parents: ``[T]`` int64, -1 at the root.
-        lexicographic: False orders rows by leaf number, True by their nodes, a padded place
-            counting as larger than any node. Rows are the same.
+        lexicographic: False orders rows by leaf number, True by their nodes. Rows are the same;
+            no path is the beginning of another, so padding does not take part.
 
     Returns:
         ``[leaves, width]`` int64 node numbers root..leaf, right-padded with -1; width is the
@@ -36,5 +36,5 @@ def retrieve_indices(parents: Tensor, lexicographic: bool = False) -> Tensor:
         paths.append(path)
     width = max(map(len, paths))
     if lexicographic:
-        paths.sort(key=lambda path: path + [len(up)] * (width - len(path)))
+        paths.sort()
     return torch.tensor([path + [-1] * (width - len(path)) for path in paths])
