@@ -1,9 +1,13 @@
-"""The draft's forward and backward over a padded training batch, against the reference."""
+"""Training against the reference: padded batches, losses, gradients, curriculum and noise."""
+
+import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
+
+from vllm_msd.training.curriculum import add_noise, visual_ratio
+from vllm_msd.training.losses import draft_loss
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
@@ -42,27 +46,48 @@ def test_padded_batch_forward(training_ref, draft_references):
         assert_close(out, training_ref[f"{ref.info['model']}.predict"], **TOLERANCE)
 
 
-def test_gradients(training_ref, draft_references):
-    """Every parameter's gradient of the loss as the reference's README writes it."""
+def test_losses_and_gradients(training_ref, draft_references):
+    """Both losses and every trainable parameter's gradient, in float32 throughout."""
     for ref in recorded_drafts(training_ref, draft_references):
         model = ref.info["model"]
         target = training_ref[f"{model}.batch.target"]
         mask = training_ref[f"{model}.batch.loss_mask"]
         weights = training_ref.info["loss_weights"]
+        expected = training_ref.info["loss"][model]
+        assert int(mask.sum()) == expected["loss_mask_sum"]
         named = {n: p for n, p in ref.draft.named_parameters() if p.requires_grad}
+        assert not set(named) & set(expected["params_without_grad"])
         with torch.enable_grad():
             out = ref.draft(*batch_rows(training_ref, ref))
-            regression = F.smooth_l1_loss(out, target, reduction="none").mean(-1)
-            log_q = ref.head(out).log_softmax(-1)
-            distill = -(ref.head(target).softmax(-1) * log_q).sum(-1)
-            per_row = weights["v_w"] * regression + weights["p_w"] * distill
-            loss = (per_row * mask).sum() / (mask.sum() + 1e-5)
-            gradients = torch.autograd.grad(loss, list(named.values()))
-        expected = training_ref.info["loss"][model]["pure_float32"]["loss"]
-        assert loss.item() == pytest.approx(expected, rel=2e-5)
+            loss = draft_loss(
+                out, target, ref.head(out), ref.head(target), mask, weights["v_w"], weights["p_w"]
+            )
+            gradients = torch.autograd.grad(loss.total, list(named.values()))
+        recorded = expected["pure_float32"]
+        for value, name in zip(loss, ("loss", "vloss", "ploss"), strict=True):
+            assert value.item() == pytest.approx(recorded[name], rel=2e-5, abs=2e-5), name
         assert set(named) == set(training_ref.matches(rf"{model}\.grad\.(.+)"))
         for name, gradient in zip(named, gradients, strict=True):
             recorded = training_ref[f"{model}.grad.{name}"]
             assert_close(
                 gradient, recorded, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_curriculum(training_ref):
+    ramps = dict(training_ref.info["curriculum_ratio_other_totals"])
+    by_epoch = training_ref.info["curriculum_ratio_by_epoch_1based"]
+    assert training_ref["curriculum_ratio"].tolist() == by_epoch
+    ramps[len(by_epoch)] = by_epoch
+    for total, ratios in ramps.items():
+        ramp = [visual_ratio(epoch, int(total)) for epoch in range(1, len(ratios) + 1)]
+        assert ramp == pytest.approx(ratios, abs=1e-12), total
+    after = training_ref.info[f"curriculum_ratio_after_epoch_{len(by_epoch)}"]
+    assert visual_ratio(len(by_epoch) + 1, len(by_epoch)) == after
+
+
+def test_noise(training_ref):
+    [described] = [v for k, v in training_ref.info["meaning"].items() if k.startswith("noise.")]
+    std = float(re.search(r"std ([\d.]*\d)", described)[1])
+    noisy = add_noise(training_ref["noise.input"], training_ref["noise.uniform_draw"], std)
+    assert_close(noisy, training_ref["noise.output"], **TOLERANCE)
