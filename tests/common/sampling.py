@@ -42,6 +42,8 @@ def sampled_distribution(
         draws: sequences for each setting, shared out evenly among the prompts.
         control_draws: the same for each wrong rule, at the first setting.
     """
+    if runner == "v2":
+        use_torch_top_p()
     exact = ExactTarget(target)
     started = time.perf_counter()
     engine = open_engine(
@@ -70,6 +72,13 @@ def sampled_distribution(
         "trials": trials,
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def use_torch_top_p() -> None:
+    """Let vLLM take its PyTorch top-p: Triton's interpreter cannot run the kernel (Triton 3.9)."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
 
 
 def sampling_trial(

@@ -1,8 +1,8 @@
 """Sampling under MSD follows the target's law: chi-square tests on a vocabulary of 24 tokens.
 
-24,000 sequences of four tokens are drawn at temperature 1 and as many at temperature 0.7 with top-p
+20,480 sequences of four tokens are drawn at temperature 1 and as many at temperature 0.7 with top-p
 0.9, from a text-only prompt and one with an image in the same batches. Each of the four positions
-is tested given the tokens before it. ``FALSE_ALARM`` is the chance of each test to fail by accident;
+is tested given those before it. ``FALSE_ALARM`` is the chance of each test to fail by accident;
 the 16 tests together fail one time in 60,000 for a new seed, and never for the same one.
 """
 
@@ -14,7 +14,7 @@ from tests.common.distribution import SequenceLaw, check_sequences, warp
 from tests.common.worker import run_worker
 
 FALSE_ALARM = 1e-6
-DRAWS, CONTROL_DRAWS, SEED = 24_000, 6_000, 20
+DRAWS, CONTROL_DRAWS, SEED = 20_480, 2_400, 20
 
 
 @pytest.fixture(scope="module")

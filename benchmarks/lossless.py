@@ -1,0 +1,111 @@
+"""Measure that MSD changes nothing but speed, and write the figures to a JSON file.
+
+Greedy identity on the demo pair under both model runners, and the distribution test of sampling on
+a vocabulary of 24 tokens; both run real vLLM on the CPU in fp32, Model Runner V2 in Triton's
+interpreter. The tests in ``tests/vllm/test_lossless_*.py`` run the same code with smaller sizes and
+hold it to thresholds; this script only reports, but exits with 1 when an answer differs.
+
+    python benchmarks/lossless.py [--quick] [--only PART ...] [--out benchmarks/results/FILE.json]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.common import small_vocabulary  # noqa: E402
+from tests.common.worker import run_worker  # noqa: E402
+from vllm_msd.demo.paths import demo_pair  # noqa: E402
+from vllm_msd.demo.provenance import provenance  # noqa: E402
+
+PARTS = ("greedy-v1", "greedy-v2", "sampling-v1", "sampling-v2")
+TIMEOUT = 7200.0  # seconds for one part
+
+
+def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Token ids with and without MSD, 200 requests or more unless ``quick``."""
+    pair = demo_pair()
+    lengths = {"v1": [150, 40, 90, 64, 24], "v2": [24, 9, 12, 8, 40]}[runner]
+    return run_worker(
+        "greedy",
+        runner,
+        timeout=TIMEOUT,
+        target=str(pair.target),
+        draft=str(pair.draft),
+        requests=24 if quick else 240,
+        alone=8 if quick else 48,
+        lengths=lengths,
+        seed=seed,
+    )
+
+
+def sampling(runner: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Chi-square tests of sampled sequences; fewer draws under Model Runner V2."""
+    draws, control = (100_000, 10_000) if runner == "v1" else (4_096, 1_024)
+    with tempfile.TemporaryDirectory() as folder:
+        target, draft = small_vocabulary.build(Path(folder))
+        return run_worker(
+            "sampling",
+            runner,
+            timeout=TIMEOUT,
+            target=target,
+            draft=draft,
+            draws=2_048 if quick else draws,
+            control_draws=512 if quick else control,
+            seed=seed,
+        )
+
+
+def show(name: str, report: dict[str, Any]) -> None:
+    """Print one part's figures."""
+    print(f"{name}, {report['seconds']:.0f} s")
+    for part in ("mixed", "alone"):
+        if part in report:
+            figures = report[part]
+            print(
+                f"  {part}: {len(figures['mismatches'])} mismatches in "
+                f"{figures.get('requests', report['requests'])} requests, "
+                f"{figures['accepted']} drafts accepted, {figures['rejected']} rejected"
+            )
+    for trial in report.get("trials", []):
+        tests = ", ".join(
+            f"{r['statistic']:.0f}/{r['cells']} (p {r['p']:.2g})" for r in trial["positions"]
+        )
+        print(
+            f"  wrong rule {trial['wrong_rule']}, temperature {trial['temperature']}, "
+            f"top-p {trial['top_p']}, {trial['prompt']}, {trial['draws']} draws: {tests}"
+        )
+
+
+def main() -> int:
+    """Run the parts one after the other; the file is rewritten after each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the requests and draws")
+    parser.add_argument("--seed", type=int, default=60_000)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/lossless.json")
+    args = parser.parse_args()
+
+    result: dict[str, Any] = {
+        "provenance": provenance(seed=args.seed, quick=args.quick, dtype="float32"),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in args.only:
+        job, _, runner = part.partition("-")
+        run = greedy if job == "greedy" else sampling
+        result[part] = run(runner, args.seed, args.quick)
+        show(part, result[part])
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = [
+        p for p in args.only for k in ("mixed", "alone") if result[p].get(k, {}).get("mismatches")
+    ]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Greedy answers with the demo pair are the same with and without MSD, under both model runners.
+
+208 held-out requests of the demo world (fp32): six kinds of work, text only, two or three images.
+They run in mixed batches, with prefills cut in the middle of images, and some of them once more one
+at a time, where prompts come from the prefix cache. Model Runner V2 runs on the CPU in Triton's
+interpreter, a hundred times slower, so most of its answers are short there.
+"""
+
+import json
+
+import pytest
+
+from tests.common.worker import run_worker
+from vllm_msd.demo.paths import demo_pair
+
+REQUESTS = 208
+SIZES = {  # max_tokens of request 0, 1, ...; how many also run alone
+    "v1": {"lengths": [150, 40, 90, 64, 24], "alone": 48},
+    "v2": {"lengths": [6, 9, 6, 8, 6, 24, 6], "alone": 16},
+}
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def report(request):
+    pair = demo_pair()
+    return run_worker(
+        "greedy",
+        request.param,
+        target=str(pair.target),
+        draft=str(pair.draft),
+        requests=REQUESTS,
+        seed=50_000,
+        **SIZES[request.param],
+    )
+
+
+def test_requests_are_of_every_kind(report):
+    assert report["requests"] == REQUESTS >= 200
+    kinds = report["requests_per_kind"]
+    assert set(kinds) >= {"vqa", "textvqa", "caption", "chart", "reasoning", "conversation", "text"}
+    assert min(kinds.values()) >= 20
+    assert report["tokens"] > 5 * REQUESTS
+
+
+@pytest.mark.parametrize("part", ["mixed", "alone"])
+def test_token_ids_are_the_same(report, part):
+    """No tolerance: in fp32 no two tokens come close enough for the batch's shape to matter."""
+    mismatches = report[part]["mismatches"]
+    assert not mismatches, "\n".join(json.dumps(m, indent=1) for m in mismatches[:5])
+
+
+@pytest.mark.parametrize("part", ["mixed", "alone"])
+def test_drafts_were_accepted_and_rejected(report, part):
+    assert report[part]["accepted"] > 100
+    assert report[part]["rejected"] > 100
+
+
+def test_comparison_notices_a_wrong_rule(report):
+    """With every draft accepted, answers must change."""
+    assert report["broken"]["changed"] > report["broken"]["requests"] // 2
