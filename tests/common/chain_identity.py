@@ -8,6 +8,7 @@ encoder cache holds one image of 25 tokens at a time.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ OPTIONS: dict[str, Any] = {
     # The same picture must reach the engine's own caches again, not the front end's.
     "mm_processor_cache_gb": 0,
 }
+
+
+def engine_options(kind: str) -> dict[str, Any]:
+    """Engine arguments of both engines."""
+    limits = {"image": 3} if kind == "llava" else {"image": 3, "video": 0}
+    return {**OPTIONS, "limit_mm_per_prompt": limits}
 
 
 @dataclass
@@ -258,15 +265,18 @@ def chain_identity(
     target: str,
     draft: str,
     cases: list[str] | None = None,
-    **options: Any,
+    tensor_parallel_size: int = 1,
 ) -> dict[str, Any]:
-    """Run the cases (default: all) with and without MSD; one entry for each in the report."""
+    """Run the cases (default: all) with and without MSD; one entry for each in the report.
+
+    ``tensor_parallel_size`` is that of the MSD engine.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    cores = os.sched_getaffinity(0)
+
     names = list(CASES) if cases is None else cases
-    settings = {**OPTIONS, "limit_mm_per_prompt": {"image": 3}, **options}
-    if kind != "llava":
-        settings["limit_mm_per_prompt"] = {"image": 3, "video": 0}
+    settings = engine_options(kind)
     started = time.perf_counter()
     shared: dict[str, dict] = {name: {} for name in names}
     expected = {}
@@ -277,9 +287,11 @@ def chain_identity(
     plain.llm_engine.engine_core.shutdown()
     del plain
     cleanup_dist_env_and_memory()
+    os.sched_setaffinity(0, cores)  # the plain engine bound this process to some of them
 
-    engine = open_engine(target, draft, **settings)
-    used.add(runner_of(engine))
+    engine = open_engine(target, draft, tensor_parallel_size=tensor_parallel_size, **settings)
+    if tensor_parallel_size == 1:
+        used.add(runner_of(engine))
     if used != {runner}:
         raise RuntimeError(f"wanted model runner {runner}, vLLM uses {sorted(used)}")
     report: dict[str, Any] = {"cases": {}}

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
 JOBS = {
     "chain": "tests.common.chain_identity:chain_identity",
+    "draft_rows": "tests.common.draft_rows:draft_rows",
     "greedy": "tests.common.lossless:greedy_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
 }
@@ -31,16 +32,19 @@ def run_worker(job: str, runner: str, timeout: float = 900, **arguments: Any) ->
     Raises:
         RuntimeError: the process failed; the message ends with what it printed last.
     """
+    # What is already on the path stays: it may hold another version of vLLM.
+    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if runner == "v2":
+        path.insert(0, str(INTERPRETER))
     environment = {
         **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
     environment.pop("TRITON_INTERPRET", None)
     if runner == "v2":
-        environment["PYTHONPATH"] = f"{INTERPRETER}{os.pathsep}{REPOSITORY}"
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"

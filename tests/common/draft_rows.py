@@ -1,0 +1,289 @@
+"""The draft's own numbers inside vLLM: token equality cannot show a draft that reads wrong rows.
+
+Every row of every draft prefill is recorded under (request, position) while vLLM serves mixed
+requests: its input embedding, hidden state, branch and output. Afterwards the same sequences go
+through Hugging Face's target and ``vllm_msd.draft.MSDDraft`` in one piece, and each row must agree;
+so must the drafted chains. A wrong mask, position, shift or chunk end shows in the outputs, there
+or in every row that attends to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.common import tiny
+from tests.common.chain_identity import Run, engine_options, greedy
+from tests.common.fp32_engine import open_engine, runner_of
+
+
+@dataclass
+class Recorder:
+    """Wraps the drafter of an in-process engine, Model Runner V1's or V2's."""
+
+    rows: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
+    chains: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    batch: tuple[list[str], list[int], Tensor | None] | None = None  # ids, starts, last rows
+
+    def attach(self, model_runner: Any) -> None:
+        is_v2 = hasattr(model_runner, "speculator")
+        drafter = model_runner.speculator if is_v2 else model_runner.drafter
+        propose, forward, draft = drafter.propose, drafter.model.forward, drafter.model
+
+        def propose_v1(**arguments: Any) -> Tensor:
+            starts = arguments["common_attn_metadata"].query_start_loc_cpu.tolist()
+            last = arguments["token_indices_to_sample"]
+            last = torch.tensor(starts[1:]) - 1 if last is None else last
+            return self.record_chains(
+                model_runner.input_batch.req_ids, starts, last, lambda: propose(**arguments)
+            )
+
+        def propose_v2(input_batch: Any, *arguments: Any, **named: Any) -> Tensor:
+            # The last rows are known only once propose() has prepared its inputs: read them late.
+            return self.record_chains(
+                input_batch.req_ids,
+                input_batch.query_start_loc_np.tolist(),
+                drafter.last_token_indices,
+                lambda: propose(input_batch, *arguments, **named),
+            )
+
+        def recording_forward(
+            input_ids: Tensor | None,
+            positions: Tensor,
+            hidden_states: Tensor,
+            inputs_embeds: Tensor,
+        ) -> tuple[Tensor, Tensor]:
+            outputs = forward(input_ids, positions, hidden_states, inputs_embeds)
+            if self.batch is not None:
+                ids, starts, last = self.batch
+                self.batch = None
+                for i, request in enumerate(ids):
+                    for row in range(starts[i], int(last[i]) + 1):
+                        self.rows[external(request), int(positions[row])] = {
+                            "embed": inputs_embeds[row].clone(),
+                            "hidden": hidden_states[row].clone(),
+                            "visual": draft.is_visual[row].clone(),
+                            "output": outputs[0][row].clone(),
+                        }
+                self.last_positions = [int(positions[int(last[i])]) for i in range(len(ids))]
+            return outputs
+
+        drafter.propose = propose_v2 if is_v2 else propose_v1
+        drafter.model.forward = recording_forward
+
+    def record_chains(self, ids: Any, starts: list[int], last: Tensor, propose: Any) -> Tensor:
+        """Run one propose() and keep the chain of each request."""
+        ids = list(ids)
+        self.batch = (ids, starts, last)
+        tokens = propose()
+        for request, position, chain in zip(ids, self.last_positions, tokens.tolist(), strict=True):
+            self.chains[external(request), position] = chain
+        return tokens
+
+
+def external(request_id: str) -> str:
+    """The id that the caller sees; vLLM appends a random suffix to it."""
+    return request_id.split("-")[0]
+
+
+@dataclass
+class Oracle:
+    """Target (Hugging Face) and draft (`MSDDraft`) of a pair, run on whole sequences."""
+
+    kind: str
+    target: str
+    draft_path: str
+
+    def __post_init__(self) -> None:
+        import transformers
+
+        from vllm_msd.checkpoint import load_draft
+        from vllm_msd.draft import MSDDraft
+
+        architecture = getattr(transformers, tiny.ARCHITECTURES[self.kind])
+        self.model = architecture.from_pretrained(self.target, dtype=torch.float32).eval()
+        self.processor = transformers.AutoProcessor.from_pretrained(self.target)
+        self.image_token = self.processor.image_token_id
+        config, state = load_draft(self.draft_path)
+        self.draft = MSDDraft.from_state_dict(config, state).float()
+
+    @torch.inference_mode()
+    def target_rows(self, ids: list[int], images: list[Any]) -> tuple[Tensor, Tensor]:
+        """Input embeddings (images merged) and last hidden states, ``[1, L, H]`` each."""
+        seen: dict[str, Tensor] = {}
+        hook = self.model.model.language_model.register_forward_pre_hook(
+            lambda _, __, named: seen.update(embeds=named["inputs_embeds"]), with_kwargs=True
+        )
+        token_ids = torch.tensor([ids])
+        media = {}
+        if images:
+            media = dict(self.processor.image_processor(images, return_tensors="pt"))
+            if self.kind != "llava":
+                media["mm_token_type_ids"] = (token_ids == self.image_token).int()
+        hidden = self.model.model(input_ids=token_ids, **media).last_hidden_state
+        hook.remove()
+        return seen["embeds"], hidden
+
+    @torch.inference_mode()
+    def draft_rows(self, ids: list[int], embeds: Tensor, hidden: Tensor) -> tuple[Any, Tensor]:
+        """The shifted rows of the sequence and the draft's outputs ``[L, H]``."""
+        from vllm_msd.draft import shift
+
+        table = self.model.get_input_embeddings()
+        token_ids = torch.tensor([ids])
+        is_visual = token_ids == self.image_token
+        rows = shift(embeds, hidden, token_ids, torch.tensor([0]), is_visual, table)
+        outputs = self.draft(
+            rows.token_embeds, rows.hidden_states, rows.visual_mask, rows.position_ids
+        )
+        return rows, outputs[0]
+
+    @torch.inference_mode()
+    def chain(self, rows: Any, outputs: Tensor, position: int, length: int) -> list[int]:
+        """The ``length`` tokens drafted greedily after the row at ``position``."""
+        embeds = rows.token_embeds[:, : position + 1]
+        hidden = rows.hidden_states[:, : position + 1]
+        visual = rows.visual_mask[:, : position + 1]
+        last, tokens = outputs[position], []
+        for _ in range(length):
+            tokens.append(int(self.model.lm_head(last).argmax()))
+            embed = self.model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
+            embeds = torch.cat([embeds, embed], 1)
+            hidden = torch.cat([hidden, last[None, None]], 1)
+            visual = torch.cat([visual, torch.zeros(1, 1, dtype=torch.bool)], 1)
+            positions = torch.arange(embeds.shape[1])[None]
+            last = self.draft(embeds, hidden, visual, positions)[0, -1]
+        return tokens
+
+
+def draft_rows(
+    *, runner: str, kind: str, target: str, draft: str, faults: list[str] | None = None
+) -> dict[str, Any]:
+    """Serve, record, recompute, compare; then again with the engine broken in known ways.
+
+    Args:
+        runner: "v1" or "v2".
+        kind: of the tiny pair.
+        target, draft: its folders.
+        faults: names in ``FAULTS``; Model Runner V1 only, but for "mask".
+
+    Returns:
+        `compare`'s figures, and under ``faults`` those of each broken run.
+    """
+    started = time.perf_counter()
+    options = engine_options(kind) | {"num_gpu_blocks_override": 60}  # no preemption
+    engine = open_engine(target, draft, **options)
+    if runner_of(engine) != runner:
+        raise RuntimeError(f"wanted model runner {runner}, vLLM uses {runner_of(engine)}")
+    model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    recorder, oracle = Recorder(), Oracle(kind, target, draft)
+    recorder.attach(model_runner)
+    run = Run(engine, kind, {})
+    report = compare(serve(run), recorder, oracle)
+    report["faults"] = {}
+    for fault in faults or []:
+        recorder.rows.clear()
+        recorder.chains.clear()
+        engine.reset_prefix_cache()
+        with FAULTS[fault](model_runner):
+            report["faults"][fault] = compare(serve(run), recorder, oracle)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    return report
+
+
+def serve(run: Run) -> list[tuple[dict, Any]]:
+    """Prompts and outputs: chunks, several images, then a batch that hits the prefix cache."""
+    long = "text that fills more than one block of the cache, to be found again later on: "
+    first = [
+        run.prompt("a request without an image but with several chunks to it " * 2),
+        run.prompt("thirty-five characters before it: {} and {} after it", 1, 2),
+        run.prompt("{} " + long + "and {} {}", 3, 4, 5),
+        run.prompt("short {}", 6),
+    ]
+    second = [run.prompt("{} " + long + "and something else {}", 3, 7)]
+    served = []
+    for batch in (first, second):
+        outputs = run.engine.generate(batch, greedy(max_tokens=24), use_tqdm=False)
+        served += zip(batch, outputs, strict=True)
+    return served
+
+
+def compare(served: list[tuple[dict, Any]], recorder: Recorder, oracle: Oracle) -> dict[str, Any]:
+    """Counts, and the largest difference of each recorded quantity over all rows."""
+    report: dict[str, Any] = dict.fromkeys(
+        ("rows", "visual_rows", "missing", "wrong_branch", "chains", "wrong_chains"), 0
+    )
+    report["cached_tokens"] = served[-1][1].num_cached_tokens
+    largest = report["largest"] = {"embed": 0.0, "hidden": 0.0, "output": 0.0}
+    for prompt, output in served:
+        ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        images = prompt.get("multi_modal_data", {}).get("image", [])
+        rows, outputs = oracle.draft_rows(ids, *oracle.target_rows(ids, images))
+        # Nothing is drafted after the last token, and the last step may have begun 6 before it.
+        for position in range(output.num_cached_tokens, len(ids) - 7):
+            row = recorder.rows.get((output.request_id, position))
+            if row is None:
+                report["missing"] += 1
+                continue
+            is_visual = bool(rows.visual_mask[0, position])
+            report["rows"] += 1
+            report["visual_rows"] += is_visual
+            report["wrong_branch"] += bool(row["visual"]) != is_visual
+            wanted = {"embed": rows.token_embeds[0, position], "output": outputs[position]}
+            if not is_visual:  # a visual row ignores its hidden state
+                wanted["hidden"] = rows.hidden_states[0, position]
+            for name, value in wanted.items():
+                largest[name] = max(largest[name], float((row[name] - value).abs().max()))
+        for position in range(len(output.prompt_token_ids) - 1, len(ids) - 1):
+            chain = recorder.chains.get((output.request_id, position))
+            if chain is not None:
+                report["chains"] += 1
+                report["wrong_chains"] += chain != oracle.chain(rows, outputs, position, len(chain))
+    return report
+
+
+# Faults, to see that the comparison finds them -----------------------------------------------
+
+
+@contextmanager
+def ignored_mask(model_runner: Any) -> Iterator[None]:
+    """Every row takes the text branch."""
+    draft = (getattr(model_runner, "speculator", None) or model_runner.drafter).model
+    embed = draft.embed_input_ids
+
+    def embed_input_ids(*arguments: Any, **named: Any) -> Tensor:
+        embeds = embed(*arguments, **named)
+        draft.is_visual.zero_()
+        return embeds
+
+    draft.embed_input_ids = embed_input_ids
+    yield
+    del draft.embed_input_ids
+
+
+def stock(name: str) -> Any:
+    """vLLM's own method of the V1 drafter in place of the mended one."""
+
+    @contextmanager
+    def undone(model_runner: Any) -> Iterator[None]:
+        from vllm.v1.spec_decode.eagle import EagleProposer
+
+        drafter = model_runner.drafter
+        setattr(drafter, name, getattr(EagleProposer, name).__get__(drafter))
+        yield
+        delattr(drafter, name)
+
+    return undone
+
+
+FAULTS = {
+    "mask": ignored_mask,
+    "positions": stock("set_inputs_first_pass"),
+    "chunk_end": stock("prepare_next_token_ids_padded"),
+}

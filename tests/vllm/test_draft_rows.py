@@ -1,0 +1,59 @@
+"""What the draft computes inside vLLM equals ``vllm_msd.draft`` on the same sequences.
+
+fp32 throughout. The target's side goes through Hugging Face's own implementation, so differences
+are those of two fp32 implementations of a few layers; a wrong row is off by 0.1 and more.
+"""
+
+import pytest
+
+from tests.common import tiny
+from tests.common.worker import run_worker
+
+TOLERANCE = 2e-3
+RUNS = {
+    ("llava", "v1"): ["mask", "chunk_end"],
+    ("qwen2_vl", "v1"): ["positions"],
+    ("qwen2_5_vl", "v1"): [],
+    ("llava", "v2"): [],
+    ("qwen2_vl", "v2"): [],
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Runs a (kind, runner) with its faults when it is first asked for."""
+    folder, pairs, cache = tmp_path_factory.mktemp("pairs"), {}, {}
+
+    def report(kind, runner):
+        if kind not in pairs:
+            pairs[kind] = tiny.build_pair(folder / kind, kind)
+        if (kind, runner) not in cache:
+            pair, faults = pairs[kind], RUNS[kind, runner]
+            cache[kind, runner] = run_worker(
+                "draft_rows", runner, kind=kind, target=pair.target, draft=pair.draft, faults=faults
+            )
+        return cache[kind, runner]
+
+    return report
+
+
+@pytest.mark.parametrize(("kind", "runner"), RUNS)
+def test_rows_and_chains_agree(reports, kind, runner):
+    report = reports(kind, runner)
+    assert report["missing"] == 0, report
+    assert report["rows"] > 300
+    assert report["visual_rows"] > 50
+    assert report["cached_tokens"] >= 32
+    assert report["wrong_branch"] == 0, report
+    assert max(report["largest"].values()) < TOLERANCE, report
+    assert report["chains"] > 30
+    assert report["wrong_chains"] == 0, report
+
+
+@pytest.mark.parametrize(
+    ("kind", "runner", "fault"), [(*run, fault) for run, faults in RUNS.items() for fault in faults]
+)
+def test_faults_are_found(reports, kind, runner, fault):
+    """The negative control: the mask ignored, and each mend of Model Runner V1 taken away."""
+    broken = reports(kind, runner)["faults"][fault]
+    assert broken["missing"] or broken["largest"]["output"] > 10 * TOLERANCE, broken
