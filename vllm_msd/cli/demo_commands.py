@@ -10,7 +10,11 @@ def add_parsers(subparsers) -> None:
     demo = subparsers.add_parser(
         "demo",
         help="the small trained pair: run it, print its path, rebuild it",
-        description="A small trained target with its MSD draft comes with the package.",
+        description=(
+            "A small trained target with its MSD draft comes with the package. Set MSD_DEMO_PAIR "
+            "to a folder with `target` and `draft` in it to use another pair, MSD_CACHE_DIR to "
+            "keep widened pairs elsewhere than in the user's cache folder."
+        ),
     )
     commands = demo.add_subparsers(dest="demo_command", metavar="COMMAND", required=True)
 

@@ -33,6 +33,8 @@ def restart_tuned() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     } | dict(os.environ)
@@ -129,6 +131,7 @@ class Engine:
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
             "limit_mm_per_prompt": {"image": 4},
             "gpu_memory_utilization": 0.4,
+            "use_tqdm_on_load": False,
             "seed": 0,
         }
         self.tokenizer = AutoTokenizer.from_pretrained(target)

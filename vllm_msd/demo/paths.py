@@ -29,8 +29,11 @@ class DemoPaths:
 
 
 def demo_pair() -> DemoPaths:
-    """The pair that comes with the package. Raises `CheckpointError` when it is not there."""
-    return _pair_in(PAIR)
+    """The pair that comes with the package, or the one in ``$MSD_DEMO_PAIR``.
+
+    Raises `CheckpointError` when it is not there.
+    """
+    return _pair_in(Path(os.environ.get("MSD_DEMO_PAIR") or PAIR))
 
 
 def _pair_in(folder: Path) -> DemoPaths:
