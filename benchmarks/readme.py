@@ -1,0 +1,174 @@
+"""Copy the measured figures into README.md, between its results markers.
+
+    python benchmarks/readme.py            # rewrites the section
+    python benchmarks/readme.py --check    # exits with 1 when it is out of date
+
+Each part of the section is made from one file in ``benchmarks/results``; a part without its file is
+left out. Nothing in the section is written by hand.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; numbers are shown with two decimals, None as a dash."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _source(name: str, facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+    units = {"cores": "cores", "memory_gib": "GiB"}
+    machine = ", ".join(f"{v} {units.get(k, '')}".strip() for k, v in facts["machine"].items())
+    return f"`benchmarks/results/{name}`, {facts['date']}; {machine}; {versions}."
+
+
+def demo(name: str, result: dict[str, Any]) -> str:
+    """Identity, acceptance and speed of the demo pair, small and widened."""
+    small, wide, settings = result["small"], result["wide"], result["settings"]
+    kinds = [(kind, found["acceptance_length"]) for kind, found in small["by_kind"].items()]
+    kinds.append(("**all with images**", small["multimodal"]["acceptance_length"]))
+    speeds = [("small pair, fp32", small)]
+    if wide:
+        speeds.append((f"widened to {settings['wide']}, bf16", wide))
+    rows = [
+        (
+            label,
+            found["speed"]["plain_tokens_per_second"],
+            found["speed"]["msd_tokens_per_second"],
+            f"{found['speed']['speedup']:.2f}x",
+            f"{found['identical']} of {found['requests']}",
+        )
+        for label, found in speeds
+    ]
+    return "\n\n".join(
+        [
+            "### The demo",
+            f"Tokens per verification, the target's own token counted, with "
+            f"{settings['num_speculative_tokens']} drafted (greedy, fp32):",
+            table(["kind of work", "tokens per verification"], kinds),
+            "Decoding at batch 1, both engines in one interleaved run. A model as small as the "
+            "demo's is all overhead, so its speed says little; the widened pair computes the same "
+            "functions at a larger shape. Its acceptance comes from the small pair, its cost from "
+            "the large shape:",
+            table(["pair", "tokens/s without", "with MSD", "speed-up", "same output"], rows),
+            _source(name, result),
+        ]
+    )
+
+
+def evaluation(name: str, result: dict[str, Any]) -> str:
+    """What the demo target gets right, and what the image is worth to the draft."""
+    right = [
+        (kind, found["right"], found["random_guess"], found["wrong_image"])
+        for kind, found in result["accuracy"].items()
+    ]
+    parts = [
+        "### The demo target",
+        f"Share of right answers on {result['settings']['per_kind']} held-out prompts of each "
+        "kind, beside what a random guess gets and what the target gets with another prompt's "
+        "image:",
+        table(["kind of work", "right", "random guess", "wrong image"], right),
+    ]
+    if "acceptance" in result:
+        swapped = result["acceptance_wrong_image_in_draft"]
+        kinds = [(kind, length, swapped[kind]) for kind, length in result["acceptance"].items()]
+        parts += [
+            "Tokens per verification when the draft, and the draft alone, is shown another "
+            "prompt's image:",
+            table(["kind of work", "right image", "wrong image in the draft"], kinds),
+        ]
+    return "\n\n".join([*parts, _source(name, result)])
+
+
+def lossless(name: str, result: dict[str, Any]) -> str:
+    """Greedy identity and the distribution of sampled tokens."""
+    greedy, sampled = [], []
+    for runner in ("v1", "v2"):
+        report = result.get(f"greedy-{runner}", {})
+        for part, label in (("mixed", "mixed batches"), ("alone", "one at a time")):
+            if part in report:
+                found = report[part]
+                count = found.get("requests", report["requests"])
+                same = f"{count - len(found['mismatches'])} of {count}"
+                accepted, rejected = found["accepted"], found["rejected"]
+                greedy.append((runner.upper(), label, same, accepted, rejected))
+        for trial in result.get(f"sampling-{runner}", {}).get("trials", []):
+            smallest = min(position["p"] for position in trial["positions"])
+            rule = trial["wrong_rule"] or "MSD"
+            case = f"{trial['temperature']}, {trial['top_p']}, {trial['prompt']}"
+            sampled.append((runner.upper(), rule, case, trial["draws"], f"{smallest:.2g}"))
+    parts = ["### Losslessness"]
+    if greedy:
+        head = ["model runner", "requests", "same token ids", "drafts accepted", "rejected"]
+        parts += ["Greedy token ids with and without MSD, fp32:", table(head, greedy)]
+    if sampled:
+        head = ["model runner", "rule", "temperature, top-p, prompt", "draws", "smallest p"]
+        parts += [
+            "Chi-square tests of sampled tokens against the target's exact distribution; the wrong "
+            "acceptance rules are there to be caught:",
+            table(head, sampled),
+        ]
+    return "\n\n".join([*parts, _source(name, result["provenance"])])
+
+
+PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "demo.json": demo,
+    "evaluation.json": evaluation,
+    "lossless.json": lossless,
+}
+
+
+def section(folder: Path = RESULTS) -> str:
+    """The whole section with its markers, from the files in ``folder``."""
+    parts = [
+        make(name, json.loads((folder / name).read_text(encoding="utf-8")))
+        for name, make in PARTS.items()
+        if (folder / name).is_file()
+    ]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def updated(readme: str, results: str) -> str:
+    """``readme`` with its section replaced. Raises SystemExit when it has no markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md: expected the markers {BEGIN} and {END}")
+    return before + results + after
+
+
+def main() -> int:
+    """Rewrite or check the section."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, tell by exit code")
+    args = parser.parse_args()
+    readme = README.read_text(encoding="utf-8")
+    new = updated(readme, section())
+    if args.check:
+        if new != readme:
+            print("README.md: results are out of date; run python benchmarks/readme.py")
+        return int(new != readme)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""README.md: its results are those of the result files, and what it names exists."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+_spec = importlib.util.spec_from_file_location("readme_results", ROOT / "benchmarks" / "readme.py")
+results = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(results)
+
+
+def test_results_are_those_of_the_files():
+    message = "run: python benchmarks/readme.py"
+    assert results.updated(README, results.section()) == README, message
+
+
+def test_section_is_made_from_the_files(tmp_path):
+    facts = {
+        "date": "2026-01-01",
+        "machine": {"processor": "A", "cores": 2, "memory_gib": 8},
+        "versions": {"vllm": "0.32.0"},
+        "settings": {"num_speculative_tokens": 5, "wide": "350M", "per_kind": 10},
+    }
+    found = {
+        "requests": 7,
+        "identical": 6,
+        "by_kind": {"vqa": {"acceptance_length": 3.25}},
+        "multimodal": {"acceptance_length": None},
+        "speed": {
+            "plain_tokens_per_second": 10.0,
+            "msd_tokens_per_second": 15.5,
+            "speedup": 1.55,
+        },
+    }
+    demo = {**facts, "small": found, "wide": None}
+    (tmp_path / "demo.json").write_text(json.dumps(demo))
+    section = results.section(tmp_path)
+    assert "| vqa | 3.25 |" in section
+    assert "| small pair, fp32 | 10.00 | 15.50 | 1.55x | 6 of 7 |" in section
+    assert "2026-01-01; A, 2 cores, 8 GiB; vllm 0.32.0" in section
+    assert "widened to" not in section and "Losslessness" not in section
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(SystemExit, match="markers"):
+        results.updated("nothing here", results.section())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_paths_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:vllm_msd|kernels|tests|examples|benchmarks|docs)/[\w./-]*)`", text)
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert named and not missing
+
+
+def test_published_drafts_are_those_of_the_plugin():
+    from vllm_msd.vllm_plugin.resolve import PUBLISHED_DRAFTS
+
+    for target, draft in PUBLISHED_DRAFTS.items():
+        assert f"| `{target}` | `{draft}` |" in README
