@@ -86,21 +86,22 @@ def compare(
     return comparisons
 
 
-def by_kind(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
-    """Comparisons of each kind that occurs, in the order of `KINDS`."""
-    groups: dict[str, list[Comparison]] = {}
+def by_kind(comparisons: Iterable[Any]) -> dict[str, list[Any]]:
+    """What has a ``sample``, by its kind, in the order of `KINDS`."""
+    comparisons = list(comparisons)
+    groups: dict[str, list[Any]] = {}
     for kind in KINDS:
         if group := [c for c in comparisons if c.sample.kind == kind]:
             groups[kind] = group
     return groups
 
 
-def acceptance(comparisons: Iterable[Comparison]) -> dict[str, Any]:
+def acceptance(answers: Iterable[Answer]) -> dict[str, Any]:
     """Acceptance over all verifications: ``acceptance_length`` is tokens per verification.
 
     The target's own token (the bonus) counts, so 1 means that no draft was ever accepted.
     """
-    answers = [c.msd for c in comparisons]
+    answers = list(answers)
     drafts = sum(a.num_drafts for a in answers)
     drafted = sum(a.num_draft_tokens for a in answers)
     accepted = sum(a.num_accepted_tokens for a in answers)
@@ -154,9 +155,9 @@ def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "requests": len(comparisons),
         "identical": sum(c.identical for c in comparisons),
         "tokens": sum(len(c.msd.token_ids) for c in comparisons),
-        "all": acceptance(comparisons),
-        "multimodal": acceptance(images),
-        "by_kind": {kind: acceptance(group) for kind, group in groups.items()},
+        "all": acceptance(c.msd for c in comparisons),
+        "multimodal": acceptance(c.msd for c in images),
+        "by_kind": {kind: acceptance(c.msd for c in group) for kind, group in groups.items()},
         "speed": speed(comparisons),
         "speed_by_kind": {kind: speed(group) for kind, group in groups.items()},
     }

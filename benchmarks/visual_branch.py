@@ -1,0 +1,82 @@
+"""Show that the draft's visual branch matters: swap the image in the draft only.
+
+    python benchmarks/visual_branch.py
+    python benchmarks/visual_branch.py --output benchmarks/results/visual_branch.json
+
+Every held-out image request is answered twice with MSD. The second time the draft, and only the
+draft, is given the image embeddings of another request of the same kind. Answers must not change;
+acceptance drops by what the draft had read in the image.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vllm_msd.demo.engine import Engine, restart_tuned
+from vllm_msd.errors import MSDError
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-prompts", type=int, default=60, help="the six kinds in turn")
+    parser.add_argument("--num-speculative-tokens", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=40_000)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    restart_tuned()
+
+    from vllm_msd.demo import compare, paths
+    from vllm_msd.demo.image_swap import swap_images
+    from vllm_msd.demo.provenance import provenance
+    from vllm_msd.demo.world import IMAGE_KINDS, sample
+
+    facts = provenance(
+        num_prompts=args.num_prompts,
+        num_speculative_tokens=args.num_speculative_tokens,
+        seed=args.seed,
+        dtype="float32",
+    )
+    samples = [
+        sample(IMAGE_KINDS[i % len(IMAGE_KINDS)], args.seed + i // len(IMAGE_KINDS), "test")
+        for i in range(args.num_prompts)
+    ]
+    try:
+        pair = paths.demo_pair()
+        engine = Engine(
+            pair.target, draft=pair.draft, num_speculative_tokens=args.num_speculative_tokens
+        )
+        swaps = swap_images(engine, samples)
+    except MSDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def figures(group: list) -> dict:
+        return {
+            "own_image": compare.acceptance(s.msd for s in group),
+            "swapped_image": compare.acceptance(s.swapped for s in group),
+        }
+
+    result = {
+        **facts,
+        "requests": len(swaps),
+        "identical": sum(s.identical for s in swaps),
+        "all": figures(swaps),
+        "by_kind": {kind: figures(group) for kind, group in compare.by_kind(swaps).items()},
+    }
+    print(f"{'tokens per verification':<26}{'own image':>12}{'swapped':>12}")
+    for name, found in {**result["by_kind"], "all": result["all"]}.items():
+        own, other = (found[key]["acceptance_length"] for key in ("own_image", "swapped_image"))
+        print(f"{name:<26}{own:>12.2f}{other:>12.2f}")
+    print(f"answers unchanged: {result['identical']} of {result['requests']}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if result["identical"] == result["requests"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
