@@ -164,8 +164,6 @@ def _check(
             raise ValueError(f"{name} is {cache.dtype}, expected {q.dtype} (as q) or a float8")
     if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
         raise ValueError(f"k_cache is {_describe(k_cache)} but v_cache is {_describe(v_cache)}")
-    if any(t.stride(-1) != 1 for t in (q, k_cache, v_cache)):
-        raise ValueError("q, k_cache and v_cache must be contiguous in their last dimension")
     if num_heads % k_cache.shape[2]:
         raise ValueError(f"{num_heads} query heads do not share {k_cache.shape[2]} KV heads evenly")
 
@@ -175,17 +173,25 @@ def _check(
     if block_table.dim() != 2:
         raise ValueError(f"block_table is {_describe(block_table)}, expected [requests, blocks]")
     _expect("block_table", block_table, torch.int32, (num_requests, block_table.shape[1]), q)
-    small = {"block_table rows": block_table[:1].mT, "seq_lens": seq_lens}
-    small["query_start"] = query_start
     if (tree_start is None) != (ancestors is None):
         raise ValueError("give tree_start and ancestors together, or neither of them")
     if tree_start is not None and ancestors is not None:
         _expect("tree_start", tree_start, torch.int32, (num_requests,), q)
         _expect("ancestors", ancestors, torch.int64, (num_tokens,), q)
-        small |= {"tree_start": tree_start, "ancestors": ancestors}
-    for name, t in small.items():
-        if t.shape[0] > 1 and t.stride(0) != 1:
-            raise ValueError(f"{name} must be contiguous, got stride {t.stride(0)}")
+    for name, t in (
+        ("q", q),
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+        ("block_table", block_table),
+        ("seq_lens", seq_lens),
+        ("query_start", query_start),
+        ("tree_start", tree_start),
+        ("ancestors", ancestors),
+    ):
+        if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has stride {t.stride(-1)} in its last dimension: make it contiguous there"
+            )
     if not scale > 0:
         raise ValueError(f"scale is {scale}: expected a positive number")
 

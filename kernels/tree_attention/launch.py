@@ -17,6 +17,14 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _round_requests(n: int) -> int:
+    """16, 64, 256, ...: few values, because each is a variant of the kernel to compile."""
+    padded = 16
+    while padded < n:
+        padded *= 4
+    return padded
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Tile sizes of one launch.
@@ -48,8 +56,8 @@ def choose_config(
     """Tiles for requests of at most ``rows`` (token, head) rows per KV head.
 
     ``itemsize`` is the size of an element of q in bytes, ``hopper`` whether the device has sm_90's
-    matrix instructions, which want larger tiles and hold their operands in shared memory. The rule:
-    as many rows as a request has, so that its keys are read once, as far as registers allow.
+    (or sm_100's) shared memory and matrix instructions, which want larger tiles. The rule: as many
+    rows as a request has, so that its keys are read once, as far as registers allow.
     ``benchmarks/compile_check.py`` shows that none of these spill.
     """
     wide = power_of_two(head_size) > 128
@@ -62,7 +70,7 @@ def choose_config(
         num_warps=8 if block_m >= 128 or itemsize == 4 or (wide and block_m >= 64) else 4,
         # Keys are found through the block table, so Triton spends every other stage on the table:
         # five stages keep two tiles of keys and values in flight.
-        num_stages=3 if itemsize == 4 else 5,
+        num_stages=3 if itemsize == 4 or (wide and not hopper) else 5,
     )
 
 
@@ -71,21 +79,23 @@ def choose_num_splits(programs: int, max_keys: int, slots: int) -> int:
 
     Takes the smallest number that keeps the last wave of programs nearly as full as the best
     number would. ``max_keys`` bounds the sequence length; parts shorter than a few tiles are not
-    worth their start.
+    worth their start, and from two waves on the programs even out by themselves.
     """
-    if programs >= slots:
+    if programs >= 2 * slots:
         return 1
     candidates = range(1, max(1, min(MAX_SPLITS, max_keys // MIN_SPLIT_KEYS)) + 1)
     filled = [programs * n / slots / math.ceil(programs * n / slots) for n in candidates]
-    return next(n for n, f in zip(candidates, filled, strict=True) if f >= 0.95 * max(filled))
+    return next(n for n, f in zip(candidates, filled, strict=True) if f >= 0.9 * max(filled))
 
 
 @dataclass(frozen=True)
 class TreeAttentionWorkspace:
     """Buffers that a split launch needs, allocated once and reused by every layer and step.
 
-    partial: float32 [max_tokens * num_heads * max_splits * head_size]
-    partial_lse: float32 [max_tokens * num_heads * max_splits]
+    A larger batch is split less often, and where nothing fits it is not split at all.
+
+    partial: float32 [num_tokens * num_heads * num_splits * head_size]
+    partial_lse: float32 [num_tokens * num_heads * num_splits]
     """
 
     partial: Tensor
@@ -94,30 +104,31 @@ class TreeAttentionWorkspace:
     @classmethod
     def allocate(
         cls,
-        max_tokens: int,
+        num_tokens: int,
         num_heads: int,
         head_size: int,
-        max_splits: int = MAX_SPLITS,
+        num_splits: int = MAX_SPLITS,
         device: torch.device | str = "cuda",
     ) -> "TreeAttentionWorkspace":
-        cells = max_tokens * num_heads * max_splits
+        cells = num_tokens * num_heads * num_splits
         return cls(
             partial=torch.empty(cells * head_size, dtype=torch.float32, device=device),
             partial_lse=torch.empty(cells, dtype=torch.float32, device=device),
         )
 
-    def holds(self, cells: int, head_size: int) -> bool:
-        """Whether ``cells`` = tokens * heads * splits fit."""
-        return self.partial_lse.numel() >= cells and self.partial.numel() >= cells * head_size
+    def max_splits(self, num_tokens: int, num_heads: int, head_size: int) -> int:
+        """Splits of such a batch that fit, possibly 0."""
+        cells = min(self.partial_lse.numel(), self.partial.numel() // head_size)
+        return cells // (num_tokens * num_heads)
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """(multiprocessors, has sm_90's matrix instructions); Triton's interpreter counts as one."""
+def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """(multiprocessors, compute capability); Triton's interpreter counts as one small sm_90."""
     if device.type != "cuda":
-        return 1, True
+        return 1, (9, 0)
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major == 9
+    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
 def launch_tree_attention(
@@ -148,11 +159,18 @@ def launch_tree_attention(
     num_requests = seq_lens.shape[0]
     group = num_heads // num_kv_heads
     max_query_len = num_tokens if max_query_len is None else max_query_len
-    num_sms, hopper = _device(q.device)
+    num_sms, capability = _device(q.device)
+    if k_cache.dtype == torch.float8_e4m3fn and capability < (8, 9):
+        raise ValueError(
+            f"a float8_e4m3fn cache needs compute capability 8.9, {q.device} has "
+            f"{capability[0]}.{capability[1]}: use float8_e5m2 or {q.dtype}"
+        )
+    hopper = capability[0] in (9, 10)
     if config is None:
         config = choose_config(max_query_len * group, group, head_size, q.element_size(), hopper)
     block_q = config.block_m // group
 
+    fitting = MAX_SPLITS if workspace is None else workspace.max_splits(*q.shape)
     if num_splits is None:
         capacity = block_table.shape[1] * block_size
         num_splits = choose_num_splits(
@@ -161,16 +179,13 @@ def launch_tree_attention(
             max_keys=capacity if max_seq_len is None else max_seq_len,
             slots=num_sms * config.programs_per_sm,
         )
-    cells = num_tokens * num_heads * num_splits
+        num_splits = max(1, min(num_splits, fitting))
     if num_splits > 1 and workspace is None:
-        workspace = TreeAttentionWorkspace.allocate(
-            num_tokens, num_heads, head_size, num_splits, q.device
-        )
-    if num_splits > 1 and not workspace.holds(cells, head_size):
+        workspace = TreeAttentionWorkspace.allocate(*q.shape, num_splits, q.device)
+    elif num_splits > max(1, fitting):
         raise ValueError(
-            f"the workspace holds {workspace.partial_lse.numel()} partial rows, this launch needs "
-            f"{num_tokens} tokens * {num_heads} heads * {num_splits} splits = {cells} of "
-            f"{head_size} values: allocate it for the largest batch"
+            f"the workspace holds {fitting} splits of {num_tokens} tokens and {num_heads} heads, "
+            f"num_splits is {num_splits}: allocate it for the largest batch"
         )
 
     shape = {"HEAD_SIZE": head_size, "BLOCK_D": power_of_two(head_size)}
@@ -191,6 +206,7 @@ def launch_tree_attention(
         k_scale,
         v_scale,
         num_requests,
+        num_splits,
         scale * LOG2E,
         block_table.stride(0),
         *q.stride()[:2],
@@ -201,8 +217,8 @@ def launch_tree_attention(
         BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m,
         TILE=config.tile,
-        REQUESTS=power_of_two(num_requests),
-        NUM_SPLITS=num_splits,
+        REQUESTS=_round_requests(num_requests),
+        SPLIT=num_splits > 1,
         HAS_TREE=tree_start is not None,
         STAGES=config.num_stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -216,8 +232,8 @@ def launch_tree_attention(
             workspace.partial_lse,
             query_start,
             num_requests,
+            num_splits,
             *out.stride()[:2],
-            NUM_SPLITS=num_splits,
             SPLITS_PADDED=power_of_two(num_splits),
             num_warps=4,
             **shape,

@@ -6,7 +6,7 @@ running softmax (maximum, sum, weighted values). The walk has two parts. Tiles t
 whole, which is nearly all of a long context, carry no mask at all; the last few, where the tree or
 the causal diagonal lies, test the causal bound and one bit per (row, key).
 
-With ``NUM_SPLITS > 1`` the keys of a request are dealt out to that many programs, each leaves its
+With ``num_splits > 1`` the keys of a request are dealt out to that many programs, each leaves its
 normalised result and the base-2 logarithm of its softmax sum, and ``merge_splits_kernel`` puts them
 together; this is exact, not an approximation. All sizes that decide the launch come from tensor
 shapes and host integers, never from the contents of a tensor, so the launch can be captured in a
@@ -55,7 +55,8 @@ def _fold_tiles(
 ):
     offs_d = tl.arange(0, BLOCK_D)
     in_head = (offs_d < HEAD_SIZE)[None, :]
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+    # Masked tiles are few and want registers for their masks: only one of them in flight.
+    for start in tl.range(begin, end, TILE, num_stages=3 if MASKED else STAGES):
         pos = start + tl.arange(0, TILE)
         if MASKED:
             wanted = pos < end
@@ -99,11 +100,11 @@ def _fold_tiles(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits"])
 def tree_attention_kernel(
     out_ptr,  # [T, heads, HEAD_SIZE]
-    partial_ptr,  # [T, heads, NUM_SPLITS, HEAD_SIZE] float32, or None
-    partial_lse_ptr,  # [T, heads, NUM_SPLITS] float32, or None
+    partial_ptr,  # [T, heads, num_splits, HEAD_SIZE] float32, or None
+    partial_lse_ptr,  # [T, heads, num_splits] float32, or None
     q_ptr,  # [T, heads, HEAD_SIZE]
     k_ptr,  # [blocks, BLOCK_SIZE, kv_heads, HEAD_SIZE]
     v_ptr,
@@ -115,6 +116,7 @@ def tree_attention_kernel(
     k_scale_ptr,  # [1] float32, or None
     v_scale_ptr,
     num_requests,
+    num_splits,
     score_scale,  # softmax scale times log2(e)
     stride_table,
     stride_qt,
@@ -133,8 +135,8 @@ def tree_attention_kernel(
     BLOCK_SIZE: tl.constexpr,  # slots per cache block
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
-    REQUESTS: tl.constexpr,  # num_requests rounded up to a power of two
-    NUM_SPLITS: tl.constexpr,
+    REQUESTS: tl.constexpr,  # num_requests rounded up
+    SPLIT: tl.constexpr,  # num_splits > 1
     HAS_TREE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -168,7 +170,7 @@ def tree_attention_kernel(
 
     # Keys of this program: [begin, end), of which every row sees all before `masked_from`.
     key_end = tl.minimum(context + first_row + BLOCK_Q, seq_len)
-    tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE), NUM_SPLITS)
+    tiles_per_split = tl.cdiv(tl.cdiv(seq_len, TILE), num_splits)
     begin = split * tiles_per_split * TILE
     end = tl.minimum(begin + tiles_per_split * TILE, key_end)
     seen_by_all = context + first_row + 1
@@ -235,46 +237,45 @@ def tree_attention_kernel(
     result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
     if v_scale_ptr is not None:
         result = result * tl.load(v_scale_ptr)
-    if NUM_SPLITS == 1:
+    if SPLIT:
+        cell = (token * tl.num_programs(1) * GROUP + head) * num_splits + split
+        tl.store(partial_lse_ptr + cell, row_max + tl.log2(row_sum), mask=is_row)
+        if begin < end:
+            tl.store(
+                partial_ptr + cell[:, None] * HEAD_SIZE + offs_d[None, :], result, mask=io_mask
+            )
+    else:
         out_offset = token * stride_ot + head * stride_oh
         tl.store(
             out_ptr + out_offset[:, None] + offs_d[None, :],
             result.to(out_ptr.dtype.element_ty),
             mask=io_mask,
         )
-    else:
-        heads = tl.num_programs(1) * GROUP
-        cell = (token * heads + head) * NUM_SPLITS + split
-        tl.store(partial_lse_ptr + cell, row_max + tl.log2(row_sum), mask=is_row)
-        if begin < end:
-            tl.store(
-                partial_ptr + cell[:, None] * HEAD_SIZE + offs_d[None, :], result, mask=io_mask
-            )
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "num_splits"])
 def merge_splits_kernel(
     out_ptr,  # [T, heads, HEAD_SIZE]
-    partial_ptr,  # [T, heads, NUM_SPLITS, HEAD_SIZE] float32
-    partial_lse_ptr,  # [T, heads, NUM_SPLITS] float32, -inf where a split saw nothing
+    partial_ptr,  # [T, heads, num_splits, HEAD_SIZE] float32
+    partial_lse_ptr,  # [T, heads, num_splits] float32, -inf where a split saw nothing
     query_start_ptr,  # [R + 1] int32
     num_requests,
+    num_splits,
     stride_ot,
     stride_oh,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,  # num_splits rounded up to a power of two
 ):
     """out = sum_s 2^lse_s out_s / sum_s 2^lse_s, one program per (token, head)."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     if token >= tl.load(query_start_ptr + num_requests):
         return
-    cell = (token.to(tl.int64) * tl.num_programs(1) + head) * NUM_SPLITS
+    cell = (token.to(tl.int64) * tl.num_programs(1) + head) * num_splits
     split = tl.arange(0, SPLITS_PADDED)
     offs_d = tl.arange(0, BLOCK_D)
-    lse = tl.load(partial_lse_ptr + cell + split, mask=split < NUM_SPLITS, other=float("-inf"))
+    lse = tl.load(partial_lse_ptr + cell + split, mask=split < num_splits, other=float("-inf"))
     largest = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(largest == float("-inf"), 0.0, largest))
     # Where lse is -inf the partial result was never written.

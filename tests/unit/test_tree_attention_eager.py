@@ -140,7 +140,7 @@ def replaced(position, change):
         (0, lambda q: q[0], r"q is .* expected \[tokens, heads, head_size\]"),
         (0, lambda q: q.double(), "fp16, bf16 or fp32"),
         (0, lambda q: q[..., :48], "head size 48 is not supported"),
-        (0, lambda q: q.transpose(0, 2).contiguous().transpose(0, 2), "contiguous"),
+        (0, lambda q: q.transpose(0, 2).contiguous().transpose(0, 2), "q has stride 8"),
         (1, lambda k: k.half(), "k_cache is torch.float16, expected torch.float32"),
         (2, lambda v: v[:-1], "v_cache is"),
         (1, lambda k: k[..., :32], "k_cache is"),
@@ -150,7 +150,7 @@ def replaced(position, change):
         (6, lambda s: None, "together"),
         (6, lambda s: s[:1], "tree_start is"),
         (7, lambda a: a.int(), "ancestors is torch.int32"),
-        (7, lambda a: a.repeat_interleave(2)[::2], "ancestors must be contiguous"),
+        (7, lambda a: a.repeat_interleave(2)[::2], "ancestors has stride 2"),
         (8, lambda s: 0.0, "scale is 0.0"),
     ],
 )

@@ -221,6 +221,10 @@ def test_a_workspace_is_reused_and_checked():
         assert_matches_paths(batch, num_splits=3, workspace=workspace)
     with pytest.raises(ValueError, match="allocate it for the largest batch"):
         tree_attention(*batch.args, num_splits=9, workspace=workspace)
+    assert [workspace.max_splits(n, heads, head_size) for n in (tokens, 5 * tokens)] == [
+        4 * (tokens + 9) // tokens,
+        0,
+    ]
 
 
 @interpreted
@@ -236,7 +240,7 @@ def test_the_launch_reads_no_tensor(monkeypatch):
 
     monkeypatch.setattr(triton_kernel, "tree_attention_kernel", Recorder())
     monkeypatch.setattr(triton_kernel, "merge_splits_kernel", Recorder())
-    monkeypatch.setattr(launch, "_device", lambda device: (132, True))
+    monkeypatch.setattr(launch, "_device", lambda device: (132, (9, 0)))
     batch = make_batch(MIXED, heads=4, kv_heads=2, dtype=torch.bfloat16, padding=3)
     args = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in batch.args]
     tree_attention(*args, max_query_len=30, max_seq_len=4096)
@@ -245,6 +249,11 @@ def test_the_launch_reads_no_tensor(monkeypatch):
     assert (blocks, kv_heads) == (tokens // 32 + len(MIXED), 2)
     assert splits > 1 and merge == (tokens, 4)
 
+    monkeypatch.setattr(launch, "_device", lambda device: (108, (8, 0)))
+    args[1], args[2] = (cache.to(torch.float8_e4m3fn) for cache in args[1:3])
+    with pytest.raises(ValueError, match=r"needs compute capability 8.9, meta has 8.0"):
+        tree_attention(*args)
+
 
 def test_splits_fill_the_device():
     choose = launch.choose_num_splits
@@ -252,6 +261,7 @@ def test_splits_fill_the_device():
     assert choose(programs=32, max_keys=4096, slots=264) == 8
     assert choose(programs=4, max_keys=8192, slots=264) > 28
     assert choose(programs=4, max_keys=100, slots=264) == 1
+    assert choose(programs=300, max_keys=4096, slots=264) > 1, "a second wave of 36 is a waste"
     assert choose(programs=5000, max_keys=8192, slots=264) == 1
 
 
