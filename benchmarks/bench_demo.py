@@ -25,6 +25,11 @@ def main() -> int:
     parser.add_argument("--num-wide-prompts", type=int, default=14)
     parser.add_argument("--rounds", type=int, default=3, help="of the widened pair")
     parser.add_argument("--wide", default="350M", help="size of the widened pair, or 'none'")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="both engines with torch.compile (needs a C++ compiler)",
+    )
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--seed", type=int, default=50_000)
@@ -42,6 +47,7 @@ def main() -> int:
     common = {
         "num_speculative_tokens": args.num_speculative_tokens,
         "max_tokens": args.max_tokens,
+        "enforce_eager": not args.compile,
         "on_answer": lambda comparison: print(".", end="", flush=True),
     }
     try:

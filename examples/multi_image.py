@@ -5,6 +5,7 @@
     python examples/multi_image.py --image a.jpg --image b.jpg --question "What changed?"
 
 Every image may lie anywhere in the prompt: the draft takes its visual rows from where they are.
+Where that is, the model's chat template decides; LLaVA's puts a message's images before its text.
 Without --image it draws two held-out scenes of the demo world. The demo target was trained on one
 image at a time, so expect a loose answer from it; a larger model does this properly.
 """

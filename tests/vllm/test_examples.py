@@ -68,7 +68,7 @@ def test_offline_inference(run, tmp_path):
 
 def test_openai_client(run, msd_server):
     out = run("openai_client.py", "--base-url", f"{msd_server.url}/v1", "--max-tokens", "24")
-    assert len(out.split("msd-demo: ")[1].split()) > 3
+    assert len(out.split("msd-demo: ")[1].strip()) > 10
 
 
 def test_multi_image(run, msd_server):

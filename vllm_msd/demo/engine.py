@@ -15,7 +15,7 @@ from typing import Any
 from vllm_msd.demo.world import Sample
 from vllm_msd.errors import MSDError
 
-KV_CACHE_BYTES = 128 * 2**20
+KV_CACHE_BYTES = 256 * 2**20
 _MARK = "MSD_DEMO_PROCESS"
 
 
