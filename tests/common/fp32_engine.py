@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +31,21 @@ def open_engine(target: str, draft: str | None, spec_tokens: int = 5, **options:
             "num_speculative_tokens": spec_tokens,
         }
     return LLM(model=target, **{**settings, **options})
+
+
+@contextmanager
+def running_engine(*args: Any, **options: Any) -> Iterator[Any]:
+    """``open_engine``, closed at the end, so that another one can follow in the same process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cores = os.sched_getaffinity(0)
+    engine = open_engine(*args, **options)
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+        os.sched_setaffinity(0, cores)  # the engine bound this process to some of them
 
 
 def runner_of(engine: Any) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from tests.common.fp32_engine import acceptance, counted, open_engine, runner_of
+from tests.common import features
+from tests.common.fp32_engine import acceptance, counted, runner_of, running_engine
 from tests.common.wrong_rules import accept_every_draft
 
 SEVERAL_IMAGES = "several images"
@@ -142,57 +144,80 @@ def greedy_identity(
     seed: int,
     spec_tokens: int = 5,
 ) -> dict[str, Any]:
-    """Compare MSD with no speculation: ``requests`` in mixed batches, every few of them alone too.
+    """Compare MSD with no speculation: ``requests`` in mixed batches, the first ``alone`` of them
+    one at a time too, and a batch in which every request uses another feature.
 
     The last figure, ``broken``, shows that the comparison can fail: the number of requests that
     change when a wrong rule accepts every draft.
     """
     wanted = demo_requests(target, requests, lengths, seed)
-    lonely = list(range(0, requests, max(1, requests // alone)))[:alone]
-    probe = list(range(min(16, requests)))
+    probe = min(16, requests)
 
     started = time.perf_counter()
-    plain = open_engine(target, None)
-    expected = answer(plain, wanted, alone=False, gaps=True)
-    plain_runner = runner_of(plain)
-    del plain
+    with running_engine(target, None) as plain:
+        expected = answer(plain, wanted, alone=False, gaps=True)
+        words = ordinary_words(expected)
+        params = features.feature_params(min(24, max(lengths)), words)
+        media = [request.for_vllm() for request in wanted]
+        expected_features = features.ask(plain, media, params)
+        used = {runner_of(plain)}
 
-    engine = open_engine(target, draft, spec_tokens)
-    runners = {plain_runner, runner_of(engine)}
-    if runners != {runner}:
-        raise RuntimeError(f"wanted model runner {runner}, vLLM uses {sorted(runners)}")
-    zero = acceptance(engine)
-    mixed = differences(wanted, expected, answer(engine, wanted, alone=False, gaps=False))
-    after_mixed = acceptance(engine)
-    single = differences(
-        [wanted[i] for i in lonely],
-        [expected[i] for i in lonely],
-        answer(engine, [wanted[i] for i in lonely], alone=True, gaps=False),
-    )
-    after_single = acceptance(engine)
-    with accept_every_draft(runner):
-        broken = differences(
-            [wanted[i] for i in probe],
-            [expected[i] for i in probe],
-            answer(engine, [wanted[i] for i in probe], alone=False, gaps=False),
+    with running_engine(target, draft, spec_tokens) as engine:
+        used.add(runner_of(engine))
+        if used != {runner}:
+            raise RuntimeError(f"wanted model runner {runner}, vLLM uses {sorted(used)}")
+        readings = [acceptance(engine)]
+        mixed = differences(wanted, expected, answer(engine, wanted, alone=False, gaps=False))
+        readings.append(acceptance(engine))
+        single = differences(
+            wanted[:alone],
+            expected[:alone],
+            answer(engine, wanted[:alone], alone=True, gaps=False),
         )
+        readings.append(acceptance(engine))
+        changed = features.differences(expected_features, features.ask(engine, media, params))
+        readings.append(acceptance(engine))
+        with accept_every_draft(runner):
+            broken = differences(
+                wanted[:probe],
+                expected[:probe],
+                answer(engine, wanted[:probe], alone=False, gaps=False),
+            )
+    counts = [counted(now - then) for then, now in pairwise(readings)]
     return {
         "runner": runner,
         "requests": len(wanted),
         "requests_per_kind": {k: sum(r.kind == k for r in wanted) for k in kinds_of(wanted)},
         "tokens": sum(len(a.ids) for a in expected),
         "smallest_top2_gap": min(gap for a in expected for gap in a.gaps),
-        "mixed": {**counted(after_mixed - zero), "mismatches": [asdict(m) for m in mixed]},
+        "mixed": {**counts[0], "mismatches": [asdict(m) for m in mixed]},
         "alone": {
-            "requests": len(lonely),
-            **counted(after_single - after_mixed),
+            "requests": alone,
+            **counts[1],
             "mismatches": [asdict(m) for m in single],
         },
-        "broken": {"requests": len(probe), "changed": len(broken)},
+        "features": {
+            "asked": {name: a["samples"][0][1] for name, a in expected_features.items()},
+            "words": words,
+            **counts[2],
+            "changed": changed,
+        },
+        "broken": {"requests": probe, "changed": len(broken)},
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
     }
 
 
 def kinds_of(requests: Sequence[Request]) -> list[str]:
     """The kinds that occur, in order of appearance."""
     return list(dict.fromkeys(request.kind for request in requests))
+
+
+def ordinary_words(answers: Sequence[Greedy]) -> list[str]:
+    """Two words that many answers hold, the most frequent first."""
+    counts: dict[str, int] = {}
+    for one in answers:
+        for word in set(one.text.split()[1:]):
+            if len(word) > 1:
+                counts[word] = counts.get(word, 0) + 1
+    return sorted(counts, key=lambda word: (-counts[word], word))[:2]

@@ -71,6 +71,7 @@ def sampled_distribution(
         "runner": runner,
         "trials": trials,
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
     }
 
 

@@ -15,8 +15,8 @@ from vllm_msd.demo.paths import demo_pair
 
 REQUESTS = 208
 SIZES = {  # max_tokens of request 0, 1, ...; how many also run alone
-    "v1": {"lengths": [150, 40, 90, 64, 24], "alone": 48},
-    "v2": {"lengths": [6, 9, 6, 8, 6, 24, 6], "alone": 16},
+    "v1": {"lengths": [150, 40, 90, 64, 24], "alone": 40},
+    "v2": {"lengths": [4, 5, 4, 6, 16], "alone": 8},
 }
 
 
@@ -39,7 +39,7 @@ def test_requests_are_of_every_kind(report):
     kinds = report["requests_per_kind"]
     assert set(kinds) >= {"vqa", "textvqa", "caption", "chart", "reasoning", "conversation", "text"}
     assert min(kinds.values()) >= 20
-    assert report["tokens"] > 5 * REQUESTS
+    assert report["tokens"] > 4 * REQUESTS
 
 
 @pytest.mark.parametrize("part", ["mixed", "alone"])
@@ -49,10 +49,24 @@ def test_token_ids_are_the_same(report, part):
     assert not mismatches, "\n".join(json.dumps(m, indent=1) for m in mismatches[:5])
 
 
-@pytest.mark.parametrize("part", ["mixed", "alone"])
-def test_drafts_were_accepted_and_rejected(report, part):
-    assert report[part]["accepted"] > 100
-    assert report[part]["rejected"] > 100
+@pytest.mark.parametrize(("part", "least"), [("mixed", 100), ("alone", 5)])
+def test_drafts_were_accepted_and_rejected(report, part, least):
+    assert report[part]["accepted"] > least
+    assert report[part]["rejected"] > least
+
+
+def test_features_side_by_side(report):
+    """Logprobs within 1e-4, penalties, bad words, structure, stops, n = 3: all in one batch."""
+    part = report["features"]
+    assert len(part["asked"]) == 11
+    assert not part["changed"], json.dumps(part["changed"], indent=1)
+    assert part["accepted"] > 0
+    assert part["rejected"] > 0
+    assert part["asked"]["bad words"] != part["asked"]["stop string"]
+    first, second = part["words"]
+    assert first not in part["asked"]["stop string"]
+    assert first not in part["asked"]["bad words"].split()
+    assert second not in part["asked"]["bad words"].split()
 
 
 def test_comparison_notices_a_wrong_rule(report):
