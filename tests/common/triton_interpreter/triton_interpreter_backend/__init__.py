@@ -9,12 +9,14 @@ methods are never called.
 import functools
 
 
-def repair_masks() -> None:
-    """Entry point of vLLM's general plugins: mend boolean masks in the interpreter.
+def repair() -> None:
+    """Entry point of vLLM's general plugins: mend what Triton 3.9.0's interpreter gets wrong."""
+    _repair_masks()
+    _repair_ranges()
 
-    Triton 3.9.0 broadcasts a scalar condition to an int32 array, and its masked loads and stores
-    accept booleans only.
-    """
+
+def _repair_masks() -> None:
+    """A scalar condition is broadcast to an int32 array; masked loads and stores want booleans."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -35,3 +37,27 @@ def repair_masks() -> None:
         method = getattr(InterpreterBuilder, name)
         if not hasattr(method, "accepts_integers"):
             setattr(InterpreterBuilder, name, with_boolean_mask(method, position))
+
+
+def _repair_ranges() -> None:
+    """`tl.range` yields Python integers, which have none of a scalar's methods (`.to`)."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter._patch_lang, "yields_scalars"):
+        return
+    patch_lang = interpreter._patch_lang
+
+    def scalars(numbers):
+        return lambda *args, **kwargs: map(interpreter._implicit_cvt, numbers(*args, **kwargs))
+
+    @functools.wraps(patch_lang)
+    def patch_lang_and_ranges(fn):
+        scope = patch_lang(fn)
+        for lang in (tl, tl.core):
+            if not isinstance(lang.range, type):  # the interpreter has replaced the class
+                scope.set_attr(lang, "range", scalars(lang.range))
+        return scope
+
+    patch_lang_and_ranges.yields_scalars = True
+    interpreter._patch_lang = patch_lang_and_ranges
