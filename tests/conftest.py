@@ -1,10 +1,18 @@
 """What needs a CUDA device is skipped, with the reason, where there is none."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_report_header() -> str:
+    try:
+        return f"vllm: {version('vllm')}"
+    except PackageNotFoundError:
+        return "vllm: not installed"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
