@@ -74,28 +74,41 @@ def demo(name: str, result: dict[str, Any]) -> str:
     )
 
 
+def visual_branch(name: str, result: dict[str, Any]) -> str:
+    """What the image is worth to the draft."""
+    groups = [*result["by_kind"].items(), ("**all**", result["all"])]
+    rows = [
+        (kind, found["own_image"]["acceptance_length"], found["swapped_image"]["acceptance_length"])
+        for kind, found in groups
+    ]
+    return "\n\n".join(
+        [
+            "### The visual branch",
+            "Tokens per verification when the draft, and the draft alone, is given another "
+            f"request's image; {result['identical']} of {result['requests']} answers stayed as "
+            "they were:",
+            table(["kind of work", "own image", "swapped image"], rows),
+            _source(name, result),
+        ]
+    )
+
+
 def evaluation(name: str, result: dict[str, Any]) -> str:
-    """What the demo target gets right, and what the image is worth to the draft."""
+    """What the demo target gets right."""
     right = [
         (kind, found["right"], found["random_guess"], found["wrong_image"])
         for kind, found in result["accuracy"].items()
     ]
-    parts = [
-        "### The demo target",
-        f"Share of right answers on {result['settings']['per_kind']} held-out prompts of each "
-        "kind, beside what a random guess gets and what the target gets with another prompt's "
-        "image:",
-        table(["kind of work", "right", "random guess", "wrong image"], right),
-    ]
-    if "acceptance" in result:
-        swapped = result["acceptance_wrong_image_in_draft"]
-        kinds = [(kind, length, swapped[kind]) for kind, length in result["acceptance"].items()]
-        parts += [
-            "Tokens per verification when the draft, and the draft alone, is shown another "
-            "prompt's image:",
-            table(["kind of work", "right image", "wrong image in the draft"], kinds),
+    return "\n\n".join(
+        [
+            "### The demo target",
+            f"Share of right answers on {result['settings']['per_kind']} held-out prompts of each "
+            "kind, beside what a random guess gets and what the target gets with another prompt's "
+            "image:",
+            table(["kind of work", "right", "random guess", "wrong image"], right),
+            _source(name, result),
         ]
-    return "\n\n".join([*parts, _source(name, result)])
+    )
 
 
 def lossless(name: str, result: dict[str, Any]) -> str:
@@ -131,6 +144,7 @@ def lossless(name: str, result: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "demo.json": demo,
+    "visual_branch.json": visual_branch,
     "evaluation.json": evaluation,
     "lossless.json": lossless,
 }
