@@ -23,7 +23,7 @@ from tests.common.worker import run_worker  # noqa: E402
 from vllm_msd.demo.paths import demo_pair  # noqa: E402
 from vllm_msd.demo.provenance import provenance  # noqa: E402
 
-PARTS = ("greedy-v1", "greedy-v2", "sampling-v1", "sampling-v2")
+PARTS = ("greedy-v1", "greedy-v2", "sampling-v1", "probabilistic-v1", "sampling-v2")
 TIMEOUT = 7200.0  # seconds for one part
 
 
@@ -37,16 +37,16 @@ def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
         timeout=TIMEOUT,
         target=str(pair.target),
         draft=str(pair.draft),
-        requests=24 if quick else 240,
+        requests=24 if quick else 208,
         alone=8 if quick else 48,
         lengths=lengths,
         seed=seed,
     )
 
 
-def sampling(runner: str, seed: int, quick: bool) -> dict[str, Any]:
+def sampling(runner: str, seed: int, quick: bool, method: str = "greedy") -> dict[str, Any]:
     """Chi-square tests of sampled sequences; fewer draws under Model Runner V2."""
-    draws, control = (100_000, 10_000) if runner == "v1" else (4_096, 1_024)
+    draws, control = (48_000, 6_000) if runner == "v1" else (1_024, 256)
     with tempfile.TemporaryDirectory() as folder:
         target, draft = small_vocabulary.build(Path(folder))
         return run_worker(
@@ -55,10 +55,19 @@ def sampling(runner: str, seed: int, quick: bool) -> dict[str, Any]:
             timeout=TIMEOUT,
             target=target,
             draft=draft,
-            draws=2_048 if quick else draws,
-            control_draws=512 if quick else control,
+            draws=draws // 8 if quick else draws,
+            control_draws=control // 4 if quick else control,
             seed=seed,
+            draft_sample_method=method,
         )
+
+
+def probabilistic(runner: str, seed: int, quick: bool) -> dict[str, Any]:
+    """The same with drafts drawn from the draft's own law instead of its likeliest token."""
+    return sampling(runner, seed, quick, "probabilistic")
+
+
+JOBS = {"greedy": greedy, "sampling": sampling, "probabilistic": probabilistic}
 
 
 def show(name: str, report: dict[str, Any]) -> None:
@@ -86,7 +95,7 @@ def main() -> int:
     """Run the parts one after the other; the file is rewritten after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the requests and draws")
+    parser.add_argument("--quick", action="store_true", help="a part of the requests and draws")
     parser.add_argument("--seed", type=int, default=60_000)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/lossless.json")
     args = parser.parse_args()
@@ -97,8 +106,7 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in args.only:
         job, _, runner = part.partition("-")
-        run = greedy if job == "greedy" else sampling
-        result[part] = run(runner, args.seed, args.quick)
+        result[part] = JOBS[job](runner, args.seed, args.quick)
         show(part, result[part])
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [

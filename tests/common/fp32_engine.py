@@ -9,7 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-def open_engine(target: str, draft: str | None, spec_tokens: int = 5, **options: Any) -> Any:
+def open_engine(
+    target: str,
+    draft: str | None,
+    spec_tokens: int = 5,
+    draft_sample_method: str = "greedy",
+    **options: Any,
+) -> Any:
     """An in-process fp32 ``vllm.LLM``, small enough that chunked prefill and mixed steps happen."""
     from vllm import LLM
 
@@ -29,6 +35,7 @@ def open_engine(target: str, draft: str | None, spec_tokens: int = 5, **options:
             "method": "msd",
             "model": draft,
             "num_speculative_tokens": spec_tokens,
+            "draft_sample_method": draft_sample_method,
         }
     return LLM(model=target, **{**settings, **options})
 

@@ -31,6 +31,7 @@ def sampled_distribution(
     seed: int,
     spec_tokens: int = 2,
     settings: Sequence[tuple[float, float]] = SETTINGS,
+    draft_sample_method: str = "greedy",
 ) -> dict[str, Any]:
     """Test sequences of ``spec_tokens + 2`` tokens sampled under MSD against the target's own law.
 
@@ -41,6 +42,8 @@ def sampled_distribution(
         draft: None samples without speculation, to try the test itself.
         draws: sequences for each setting, shared out evenly among the prompts.
         control_draws: the same for each wrong rule, at the first setting.
+        draft_sample_method: ``greedy`` drafts the likeliest token, ``probabilistic`` draws one from
+            the draft's own law, which the acceptance rule then takes into account.
     """
     if runner == "v2":
         use_torch_top_p()
@@ -54,6 +57,7 @@ def sampled_distribution(
         max_num_seqs=256,
         max_num_batched_tokens=4096,
         block_size=32,
+        draft_sample_method=draft_sample_method,
     )
     if runner_of(engine) != runner:
         raise RuntimeError(f"wanted model runner {runner}, vLLM uses {runner_of(engine)}")
@@ -69,6 +73,7 @@ def sampled_distribution(
             )
     return {
         "runner": runner,
+        "draft_sample_method": draft_sample_method,
         "trials": trials,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
