@@ -1,8 +1,8 @@
 """The compiled tree attention kernel on a CUDA device, against unrolled paths.
 
 The same batches as in Triton's interpreter (tests/unit), at the tiles that are used on this device.
-What only shows here: compiled code, asynchronous copies. Bounds
-are the rounding of weights and results in the half types.
+What only shows here: compiled code and asynchronous copies. Bounds are the rounding of weights and
+results in the half types.
 """
 
 import pytest
