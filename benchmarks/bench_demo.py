@@ -1,6 +1,6 @@
 """Measure the demo pair in vLLM with and without MSD: acceptance by kind, and speed at real cost.
 
-    python benchmarks/bench_demo.py --output benchmarks/results/demo_cpu.json
+    python benchmarks/bench_demo.py --output benchmarks/results/demo.json
 
 Two interleaved comparisons at batch 1, greedy: the small pair in fp32 (answers must be identical;
 acceptance), and the pair widened to --wide parameters in bf16 (decoding speed). The same code as
@@ -52,6 +52,7 @@ def main() -> int:
     }
     try:
         result["small"] = figures(compare(paths.demo_pair(), samples, dtype="float32", **common))
+        result["wide"] = None
         if args.wide != "none":
             pair = paths.wide_pair(args.wide, report=print)
             wide = samples[: args.num_wide_prompts]
