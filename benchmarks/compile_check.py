@@ -60,6 +60,7 @@ def all_cases() -> list[Case]:
             cases += [Case(arch, head_size, rows) for rows in (1, 64, 512)]
         cases += [
             Case(arch, 128, 20),
+            Case(arch, 256, 20),
             Case(arch, 128, 427, group=7),  # Qwen2-VL-7B: 61 tokens, 28 heads over 4
             Case(arch, 128, 512, split=False),
             Case(arch, 128, 64, tree=False),

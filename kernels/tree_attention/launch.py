@@ -63,11 +63,12 @@ def choose_config(
     wide = power_of_two(head_size) > 128
     widest = 16 if itemsize == 4 else 64 if wide and not hopper else 128
     block_m = max(16, power_of_two(group), min(power_of_two(rows), widest))
-    small_tile = wide or itemsize == 4 or (block_m >= 64 and not hopper)
+    small_tile = wide or (block_m >= 64 and not hopper)
+    eight_warps = block_m >= 128 or itemsize == 4 or (wide and (block_m >= 64 or not hopper))
     return LaunchConfig(
         block_m=block_m,
-        tile=32 if small_tile else 64,
-        num_warps=8 if block_m >= 128 or itemsize == 4 or (wide and block_m >= 64) else 4,
+        tile=16 if itemsize == 4 else 32 if small_tile else 64,
+        num_warps=8 if eight_warps else 4,
         # Keys are found through the block table, so Triton spends every other stage on the table:
         # five stages keep two tiles of keys and values in flight.
         num_stages=3 if itemsize == 4 or (wide and not hopper) else 5,
