@@ -16,3 +16,10 @@ class ConfigError(MSDError):
 
 class CheckpointError(MSDError):
     """A checkpoint is missing, unreadable, incomplete, or does not fit its target."""
+
+
+VLLM_MISSING = (
+    "vLLM is not installed. Install it together with this package: "
+    'pip install "vllm-msd[gpu]" for a machine with an accelerator, '
+    'pip install "vllm-msd[cpu]" for one without.'
+)

@@ -138,3 +138,11 @@ def test_a_bug_keeps_its_traceback(failing, error):
     failing(error)
     with pytest.raises(type(error)):
         cli.main(["fail"])
+
+
+def test_the_plugin_tells_that_vllm_is_missing(monkeypatch):
+    from vllm_msd.vllm_plugin import patching
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(patching.PatchError, match=r"not installed.*vllm-msd\[cpu\]"):
+        patching.vllm_version()

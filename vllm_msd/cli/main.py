@@ -14,15 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from vllm_msd import __version__
-from vllm_msd.errors import MSDError
+from vllm_msd.errors import VLLM_MISSING, MSDError
 
 COMMAND_MODULES = ("doctor", "checkpoint_commands", "demo_commands")
-
-NO_VLLM = (
-    "vLLM is not installed. Install it together with this package: "
-    'pip install "vllm-msd[gpu]" for a machine with an accelerator, '
-    'pip install "vllm-msd[cpu]" for one without.'
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        return _user_error(NO_VLLM)
+        return _user_error(VLLM_MISSING)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

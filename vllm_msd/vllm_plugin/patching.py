@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_msd.errors import VLLM_MISSING
+
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 SUPPORTED_RANGE = f"{SUPPORTED_VERSIONS[0]}-{SUPPORTED_VERSIONS[-1]}"
 _MARK = "__msd_patch__"
@@ -30,8 +32,13 @@ class PatchError(RuntimeError):
 
 
 def vllm_version() -> str:
-    """Version of the imported vLLM, such as `0.32.0`."""
-    import vllm
+    """Version of the imported vLLM, such as `0.32.0`; PatchError when there is none."""
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise PatchError(VLLM_MISSING) from error
 
     return vllm.__version__
 
