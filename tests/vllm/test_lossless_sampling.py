@@ -63,7 +63,7 @@ def test_wrong_acceptance_rules_are_caught(report, rule):
 
 
 def test_the_chi_square_itself():
-    """Passes draws from the law; fails one token too few in forty, and a token that cannot be."""
+    """Passes draws from the law; fails when one of ten best tokens is another, or one cannot be."""
     law = warp(torch.linspace(-2.0, 2.0, 24)[None], temperature=0.7, top_p=0.95)
     table = SequenceLaw([()], law[:, None])
     generator = torch.Generator().manual_seed(0)
@@ -74,8 +74,8 @@ def test_the_chi_square_itself():
     draws = torch.multinomial(law[0], 24_000, replacement=True, generator=generator)
     assert p_of(draws) > 1e-3
     likeliest = int(law.argmax())
-    some = torch.rand(len(draws), generator=generator) < 0.025
-    assert p_of(torch.where(some & (draws == likeliest), likeliest - 1, draws)) < 1e-3
+    some = torch.rand(len(draws), generator=generator) < 0.1
+    assert p_of(torch.where(some & (draws == likeliest), likeliest - 1, draws)) < 1e-9
     cut = int((law[0] == 0).nonzero()[0])
     assert p_of(torch.cat([draws, torch.tensor([cut])])) == 0.0
 
