@@ -92,7 +92,7 @@ def show(name: str, report: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Run the parts one after the other; the file is rewritten after each."""
+    """Run the parts one after the other; the file keeps those of earlier runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="a part of the requests and draws")
@@ -100,18 +100,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results/lossless.json")
     args = parser.parse_args()
 
-    result: dict[str, Any] = {
-        "provenance": provenance(seed=args.seed, quick=args.quick, dtype="float32"),
-    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    wrong = 0
     for part in args.only:
         job, _, runner = part.partition("-")
-        result[part] = JOBS[job](runner, args.seed, args.quick)
-        show(part, result[part])
+        origin = provenance(seed=args.seed, quick=args.quick, dtype="float32")
+        report = JOBS[job](runner, args.seed, args.quick)
+        show(part, report)
+        wrong += sum(len(report.get(key, {}).get("mismatches", [])) for key in ("mixed", "alone"))
+        result[part] = {"provenance": origin, **report}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    wrong = [
-        p for p in args.only for k in ("mixed", "alone") if result[p].get(k, {}).get("mismatches")
-    ]
     return 1 if wrong else 0
 
 
