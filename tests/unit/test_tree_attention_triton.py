@@ -7,7 +7,7 @@ that short contexts have all of these. Float32 results differ from the oracle by
 only (1e-5); for half types the bound is the rounding of the weights and of the result.
 
 The interpreter must be on before Triton is imported, so this file runs itself in a process of its
-own. Not covered: compiled code, see ``test_they_compile_for_gpus`` and tests/gpu.
+own. Not covered: what compiled code computes; ``test_they_compile_for_gpus`` only builds it.
 """
 
 import os
