@@ -86,10 +86,11 @@ def generate_replies(
     batch = collate([(s, ids, [False] * len(ids)) for s, ids in zip(samples, prompts, strict=True)],
                     pad)
     left = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    pictures = {"pixel_values": pixels(batch.images)} if len(batch.images) else {}
     out = target.generate(
         input_ids=left,
         attention_mask=(left != pad).long(),
-        pixel_values=pixels(batch.images) if len(batch.images) else None,
+        **pictures,
         max_new_tokens=max_reply,
         do_sample=not greedy,
         temperature=None if greedy else 1.0,

@@ -38,6 +38,8 @@ class TargetTraining:
     minutes: wall-clock budget over all resumed parts; vision_share: its part for the first stage.
     batch_size: sequences a step in each of the `processes`.
     cap: most text tokens in a training sequence.
+    vision_rate: the tower's share of the learning rate in the second stage, where the untrained
+        language model's first gradients would spoil what it has learned.
     """
 
     output: str
@@ -45,8 +47,9 @@ class TargetTraining:
     vision_share: float = 0.12
     processes: int = 2
     batch_size: int = 8
-    cap: int = 176
-    learning_rate: float = 1e-3
+    cap: int = 144
+    learning_rate: float = 1.2e-3
+    vision_rate: float = 0.4
     weight_decay: float = 0.05
     warmup_steps: int = 150
     slot_weight: float = 0.3
@@ -101,19 +104,26 @@ class TargetTrainer:
         self.reader = SlotReader(self.model.config.vision_config.hidden_size)
         self.model.model.vision_tower.register_forward_hook(self._keep_features)
         self.features = torch.empty(0)
-        parameters = [*self.model.parameters(), *self.reader.parameters()]
+        tower = list(self.model.model.vision_tower.parameters())
+        seen = [*tower, *self.reader.parameters()]
+        in_tower = {id(p) for p in tower}
+        rest = [p for p in self.model.parameters() if id(p) not in in_tower]
+        parameters = [*seen, *rest]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": [p for p in members if (p.ndim >= 2) == decays],
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "is_tower": members is tower,
+            }
+            for members in (tower, [*self.reader.parameters(), *rest])
+            for decays in (True, False)
         ]
         self.parameters = parameters
-        seen = [*self.model.model.vision_tower.parameters(), *self.reader.parameters()]
         self.stage_parameters = {"vision": seen, "answers": parameters}
         self.optimizer = torch.optim.AdamW(
             groups,
             settings.learning_rate,
             (0.9, 0.95),
-            weight_decay=settings.weight_decay,
             fused=True,
         )
         self.step = 0
@@ -188,7 +198,9 @@ class TargetTrainer:
             within = (progress - share) / (1 - share)
         factor = schedule(within, self.stage_step, self.settings.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * factor
+            slow = group["is_tower"] and self.stage == "answers"
+            share = self.settings.vision_rate if slow else 1.0
+            group["lr"] = self.settings.learning_rate * factor * share
 
     def run(self) -> None:
         """Train until the budget (or `max_steps`) is spent, then save and write provenance."""
