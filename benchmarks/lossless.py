@@ -46,7 +46,7 @@ def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
 
 def sampling(runner: str, seed: int, quick: bool, method: str = "greedy") -> dict[str, Any]:
     """Chi-square tests of sampled sequences; fewer draws under Model Runner V2."""
-    draws, control = (48_000, 6_000) if runner == "v1" else (1_024, 256)
+    draws, control = (24_000, 4_800) if runner == "v1" else (1_024, 256)
     with tempfile.TemporaryDirectory() as folder:
         target, draft = small_vocabulary.build(Path(folder))
         return run_worker(
