@@ -21,9 +21,7 @@ def test_same_arguments_same_sample(kind):
         one, two = sample(kind, 3, split), sample(kind, 3, split)
         assert one.messages == two.messages
         assert one.answer_key == two.answer_key
-        assert all(
-            np.array_equal(a, b) for a, b in zip(one.images, two.images, strict=True)
-        )
+        assert all(np.array_equal(a, b) for a, b in zip(one.images, two.images, strict=True))
     assert sample(kind, 3, "train").messages != sample(kind, 3, "test").messages
     assert len({str(sample(kind, seed).messages) for seed in SEEDS}) > 0.9 * len(SEEDS)
 

@@ -59,9 +59,7 @@ def build(output: Path, minutes: float = 75.0, per_kind: int = 60, processes: in
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of `vllm-msd demo build`."""
-    parser = argparse.ArgumentParser(
-        prog="vllm-msd demo build", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="vllm-msd demo build", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("build/pair"))
     parser.add_argument("--minutes", type=float, default=75.0, help="training time in all")
     parser.add_argument("--per-kind", type=int, default=60, help="held-out samples of each kind")

@@ -139,4 +139,3 @@ class TrainingStream:
             for chunk in chunks:
                 yield collate(chunk, self.tokenizer.pad_token_id)
             pool_index += 1
-

@@ -37,9 +37,7 @@ class WorldBatches:
         stream_seed = ("draft", seed)
         images = {kind: share for kind, share in MIX.items() if kind in IMAGE_KINDS}
         self.streams = {
-            "image": iter(
-                TrainingStream(self.tokenizer, stream_seed, batch_size, cap, mix=images)
-            ),
+            "image": iter(TrainingStream(self.tokenizer, stream_seed, batch_size, cap, mix=images)),
             "text": iter(
                 TrainingStream(self.tokenizer, stream_seed, batch_size, cap, mix={"text": 1.0})
             ),
@@ -83,8 +81,9 @@ def generate_replies(
         prompts.append(ids[:end])
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
-    batch = collate([(s, ids, [False] * len(ids)) for s, ids in zip(samples, prompts, strict=True)],
-                    pad)
+    batch = collate(
+        [(s, ids, [False] * len(ids)) for s, ids in zip(samples, prompts, strict=True)], pad
+    )
     left = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     pictures = {"pixel_values": pixels(batch.images)} if len(batch.images) else {}
     out = target.generate(

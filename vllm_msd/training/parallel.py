@@ -5,6 +5,8 @@ with two threads, whose every operator waits for the slower thread.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ def launch(work: Callable, args: tuple, processes: int, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder.absolute() / f"meeting.{os.getpid()}"
-    # Daemons end with this process, also on Ctrl-C, which other sessions do not receive.
+    # Daemons end with this process, also on Ctrl-C, which other sessions do not receive, and on a
+    # polite kill, which would otherwise end it without a farewell.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     mp.spawn(_entry, (processes, str(meeting), work, args), nprocs=processes, daemon=True)
     meeting.unlink(missing_ok=True)
 
@@ -60,9 +64,9 @@ def average_gradients(parameters: list[Any]) -> None:
     """Replace gradients by their mean over the processes; a missing one counts as zero."""
     if size() == 1:
         return
-    flat = torch.cat([
-        (p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters
-    ])
+    flat = torch.cat(
+        [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
+    )
     dist.all_reduce(flat)
     flat /= size()
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,12 +43,12 @@ class DraftTraining:
 
     target: str
     output: str
-    minutes: float = 14.0
+    minutes: float = 12.0
     processes: int = 2
     batch_size: int = 8
-    cap: int = 176
+    cap: int = 144
     curriculum_epochs: int = 10
-    curriculum_share: float = 0.2
+    curriculum_share: float = 0.15
     visual_share: float = 0.92
     replies_share: float = 0.5
     steps: int = 3
@@ -56,7 +56,7 @@ class DraftTraining:
     noise: float = 0.05
     regression_weight: float = 0.5
     distillation_weight: float = 1.0
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
     warmup_steps: int = 60
     target_name: str = "../target"
@@ -274,7 +274,7 @@ def train(settings: DraftTraining) -> None:
         write_record(folder, "draft", asdict(settings), outcome)
 
 
-def main(arguments: Iterator[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line: every field of `DraftTraining` is a flag."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, field in DraftTraining.__dataclass_fields__.items():

@@ -48,9 +48,7 @@ def unroll(draft: MSDDraft, rows: DraftRows, steps: int) -> list[Tensor]:
         # A row that sees nothing would turn into NaN and spoil its gradients.
         own = torch.arange(visible.shape[1], device=visible.device)
         visible[:, own, own + (step - 1) * visible.shape[1]] = True
-        out = draft(
-            rows.token_embeds, hidden, rows.visual_mask, rows.position_ids, visible, cache
-        )
+        out = draft(rows.token_embeds, hidden, rows.visual_mask, rows.position_ids, visible, cache)
         outputs.append(out)
         hidden = torch.cat([rows.hidden_states[:, :1], out[:, :-1].to(hidden.dtype)], 1)
     return outputs
