@@ -1,5 +1,6 @@
 """The demo: held-out images answered with and without MSD, figures on the terminal, a report."""
 
+import itertools
 import json
 import sys
 import time
@@ -89,14 +90,17 @@ def _compare(
     rounds: int,
     show: bool,
 ) -> list[Comparison]:
-    bar = tqdm(total=len(samples) * rounds, unit="request", disable=None, leave=False)
+    total = len(samples) * rounds
+    bar = tqdm(total=total, unit="request", disable=None, leave=False)  # none without a terminal
+    count = itertools.count(1)
 
     def answered(comparison: Comparison) -> None:
+        done = next(count)
         if show:
             with bar.external_write_mode(file=sys.stdout):
                 _print_answer(comparison)
-        elif not sys.stderr.isatty():
-            _print_line(f"  {bar.n + 1} of {bar.total} answered")
+        elif bar.disable:
+            _print_line(f"  {done} of {total} answered")
         bar.update()
 
     with bar:
