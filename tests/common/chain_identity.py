@@ -2,13 +2,12 @@
 
 One process opens two engines (plain, MSD), runs the same cases on both, and reports which cases
 differ and what each case saw (accepted and rejected drafts, preemptions, cached tokens). Sizes are
-small on purpose: 44 tokens a step cut prompts inside images, 26 blocks force preemption, and the
+small on purpose: 44 tokens a step cut prompts inside images, 23 blocks force preemption, and the
 encoder cache holds one image of 25 tokens at a time.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 44,
     "max_num_seqs": 6,
     "block_size": 32,
-    "num_gpu_blocks_override": 26,
+    "num_gpu_blocks_override": 23,
     "kv_cache_memory_bytes": 16 << 20,
     "enable_prefix_caching": True,
     # The same picture must reach the engine's own caches again, not the front end's.
@@ -136,10 +135,10 @@ def multi_turn(run: Run) -> Any:
 
 
 def preemption(run: Run) -> Any:
-    """Six long requests want 30 blocks and more, the cache has 25."""
+    """Six long requests want 30 blocks and more, the cache has 22."""
     before = run.metric("vllm:num_preemptions")
-    prompts = [run.prompt(f"{i}: {{}} tell a long story", 30 + i) for i in range(6)]
-    answers = run.ask(prompts, max_tokens=130)
+    prompts = [run.prompt(f"{i}: {{}}" + " tell a long story" * 4, 30 + i) for i in range(6)]
+    answers = run.ask(prompts, max_tokens=80)
     run.seen["preemptions"] = run.metric("vllm:num_preemptions") - before
     return answers
 
@@ -227,8 +226,11 @@ def structured_output(run: Run) -> Any:
 
 def end_of_context(run: Run) -> Any:
     """One request runs into ``max_model_len`` while others go on."""
-    long = run.prompt("{} " + "x" * 250, 7)
-    return run.ask([long, run.prompt("short {}", 8)], max_tokens=MAX_MODEL_LEN)
+    long = run.prompt("{} " + "x" * 265, 7)
+    params = [greedy(max_tokens=MAX_MODEL_LEN), greedy(max_tokens=48)]
+    answers = run.ask([long, run.prompt("short {}", 8)], params)
+    run.seen["reached_the_end"] = answers[0][0][2] == "length" and len(answers[0][0][0]) < 48
+    return answers
 
 
 def streaming(run: Run) -> Any:
@@ -273,8 +275,6 @@ def chain_identity(
     """
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    cores = os.sched_getaffinity(0)
-
     names = list(CASES) if cases is None else cases
     settings = engine_options(kind)
     started = time.perf_counter()
@@ -287,8 +287,6 @@ def chain_identity(
     plain.llm_engine.engine_core.shutdown()
     del plain
     cleanup_dist_env_and_memory()
-    os.sched_setaffinity(0, cores)  # the plain engine bound this process to some of them
-
     engine = open_engine(target, draft, tensor_parallel_size=tensor_parallel_size, **settings)
     if tensor_parallel_size == 1:
         used.add(runner_of(engine))

@@ -42,6 +42,10 @@ def run_worker(job: str, runner: str, timeout: float = 900, **arguments: Any) ->
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
+        # One thread each, bound to no core: vLLM would bind every process to the same one, and
+        # each tensor parallel rank to a NUMA node of its own.
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     environment.pop("TRITON_INTERPRET", None)
     if runner == "v2":
