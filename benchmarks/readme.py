@@ -114,8 +114,9 @@ def evaluation(name: str, result: dict[str, Any]) -> str:
 def lossless(name: str, result: dict[str, Any]) -> str:
     """Greedy identity and the distribution of sampled tokens."""
     greedy, sampled = [], []
-    for runner in ("v1", "v2"):
-        report = result.get(f"greedy-{runner}", {})
+    for key in sorted(result):
+        report = result[key]
+        job, _, runner = key.partition("-")
         for part, label in (("mixed", "mixed batches"), ("alone", "one at a time")):
             if part in report:
                 found = report[part]
@@ -123,23 +124,27 @@ def lossless(name: str, result: dict[str, Any]) -> str:
                 same = f"{count - len(found['mismatches'])} of {count}"
                 accepted, rejected = found["accepted"], found["rejected"]
                 greedy.append((runner.upper(), label, same, accepted, rejected))
-        for trial in result.get(f"sampling-{runner}", {}).get("trials", []):
+        for trial in report.get("trials", []):
             smallest = min(position["p"] for position in trial["positions"])
-            rule = trial["wrong_rule"] or "MSD"
+            rule = "MSD" if trial["wrong_rule"] == "none" else f"wrong: {trial['wrong_rule']}"
+            drafts = "sampled" if job == "probabilistic" else "greedy"
             case = f"{trial['temperature']}, {trial['top_p']}, {trial['prompt']}"
-            sampled.append((runner.upper(), rule, case, trial["draws"], f"{smallest:.2g}"))
+            draws = trial["draws"]
+            sampled.append((runner.upper(), drafts, rule, case, draws, f"{smallest:.2g}"))
     parts = ["### Losslessness"]
     if greedy:
         head = ["model runner", "requests", "same token ids", "drafts accepted", "rejected"]
         parts += ["Greedy token ids with and without MSD, fp32:", table(head, greedy)]
     if sampled:
-        head = ["model runner", "rule", "temperature, top-p, prompt", "draws", "smallest p"]
+        head = ["model runner", "drafts", "rule", "temperature, top-p, prompt", "draws"]
         parts += [
-            "Chi-square tests of sampled tokens against the target's exact distribution; the wrong "
-            "acceptance rules are there to be caught:",
-            table(head, sampled),
+            "Chi-square tests of sampled tokens against the target's exact distribution, the "
+            "smallest p-value over the positions tested; the wrong acceptance rules are there to "
+            "be caught:",
+            table([*head, "smallest p"], sampled),
         ]
-    return "\n\n".join([*parts, _source(name, result["provenance"])])
+    newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
+    return "\n\n".join([*parts, _source(name, newest)])
 
 
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
