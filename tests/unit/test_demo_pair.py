@@ -84,7 +84,7 @@ def test_draft_fits_and_accepts_more_with_the_right_image(target, processor):
     check_draft_fits_target(config, target.config)
     assert (demo_pair().draft / config.target.name_or_path).resolve() == demo_pair().target
     draft = MSDDraft.from_state_dict(config, {k: v.float() for k, v in state.items()}).eval()
-    samples = [sample(kind, seed) for kind in KINDS if kind != "text" for seed in range(2)]
+    samples = [sample(kind, seed) for kind in KINDS if kind != "text" for seed in range(3)]
     replies = {"mixed": generate_replies(target, processor.tokenizer, samples, max_reply=48)}
     pad = processor.tokenizer.pad_token_id
     right = acceptance(target, draft, replies, pad)["mixed"]
