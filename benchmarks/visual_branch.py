@@ -3,9 +3,10 @@
     python benchmarks/visual_branch.py
     python benchmarks/visual_branch.py --output benchmarks/results/visual_branch.json
 
-Every held-out image request is answered twice with MSD. The second time the draft, and only the
-draft, is given the image embeddings of another request of the same kind. Answers must not change;
-acceptance drops by what the draft had read in the image.
+Every held-out image request is answered three times with MSD. The second time the draft, and only
+the draft, is given the image embeddings of another request of the same kind, the third time noise
+with the mean and spread of its own. Answers must not change. The swap costs what the draft had read
+in this one picture, noise what its visual rows are worth at all.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def main() -> int:
         return {
             "own_image": compare.acceptance(s.msd for s in group),
             "swapped_image": compare.acceptance(s.swapped for s in group),
+            "noise": compare.acceptance(s.noise for s in group),
         }
 
     result = {
@@ -67,10 +69,13 @@ def main() -> int:
         "all": figures(swaps),
         "by_kind": {kind: figures(group) for kind, group in compare.by_kind(swaps).items()},
     }
-    print(f"{'tokens per verification':<26}{'own image':>12}{'swapped':>12}")
+    columns = ("own_image", "swapped_image", "noise")
+    print(
+        f"{'tokens per verification':<26}" + "".join(f"{c.replace('_', ' '):>16}" for c in columns)
+    )
     for name, found in {**result["by_kind"], "all": result["all"]}.items():
-        own, other = (found[key]["acceptance_length"] for key in ("own_image", "swapped_image"))
-        print(f"{name:<26}{own:>12.2f}{other:>12.2f}")
+        lengths = (found[column]["acceptance_length"] for column in columns)
+        print(f"{name:<26}" + "".join(f"{length:>16.2f}" for length in lengths))
     print(f"answers unchanged: {result['identical']} of {result['requests']}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,15 @@
 """Does the draft look at the image? Give it another request's, and count what is still accepted.
 
 The target is left alone, so the answers stay what they were: only the draft's guesses get worse.
+Noise of the same scale in the image's place is the control. It tells whether the visual rows reach
+the draft's guesses at all, where a swap tells whether the draft reads what is in the picture.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_msd.demo.compare import by_kind
@@ -17,16 +20,18 @@ from vllm_msd.errors import MSDError
 
 @dataclass
 class Swap:
-    """One request: with its own image in the draft (``msd``), and with another's (``swapped``)."""
+    """One request: with its own image in the draft, with another's, and with noise."""
 
     sample: Sample
     msd: Answer
     swapped: Answer | None = None
+    noise: Answer | None = None
 
     @property
     def identical(self) -> bool:
         """Whether the answer stayed the same, as it must."""
-        return self.swapped is not None and self.msd.token_ids == self.swapped.token_ids
+        others = [answer for answer in (self.swapped, self.noise) if answer is not None]
+        return all(self.msd.token_ids == other.token_ids for other in others)
 
 
 class DraftImages:
@@ -64,11 +69,12 @@ def swap_images(
     max_tokens: int = 192,
     on_answer: Callable[[Swap], None] = lambda swap: None,
 ) -> list[Swap]:
-    """Answer each sample twice; the second time its draft sees the next sample's image.
+    """Answer each sample three times; its draft sees its image, the next sample's, and noise.
 
     "Next" is within the kind of work, so that the swapped image is of the same style. ``samples``
     must hold one image each, and at least two of every kind.
     """
+    generator = torch.Generator().manual_seed(0)
     images = DraftImages(engine)
     swaps: list[Swap] = []
     seen: dict[int, list[Tensor]] = {}
@@ -83,5 +89,13 @@ def swap_images(
         for swap, other in zip(group, group[1:] + group[:1], strict=True):
             images.replacement = seen[id(other.sample)]
             swap.swapped = engine.answer(swap.sample, max_tokens)
+            images.replacement = [_noise_like(rows, generator) for rows in seen[id(swap.sample)]]
+            swap.noise = engine.answer(swap.sample, max_tokens)
             on_answer(swap)
     return swaps
+
+
+def _noise_like(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows ``[n, H]`` of the same mean and spread in every column, with nothing in them."""
+    noise = torch.randn(rows.shape, generator=generator).to(rows)
+    return rows.mean(0) + rows.std(0) * noise
