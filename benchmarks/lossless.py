@@ -30,7 +30,7 @@ TIMEOUT = 7200.0  # seconds for one part
 def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
     """Token ids with and without MSD, 200 requests or more unless ``quick``."""
     pair = demo_pair()
-    lengths = {"v1": [150, 40, 90, 64, 24], "v2": [24, 9, 12, 8, 40]}[runner]
+    lengths = {"v1": [150, 40, 90, 64, 24], "v2": [4, 5, 4, 6, 16]}[runner]
     return run_worker(
         "greedy",
         runner,
@@ -38,7 +38,7 @@ def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
         target=str(pair.target),
         draft=str(pair.draft),
         requests=24 if quick else 208,
-        alone=8 if quick else 48,
+        alone=8 if quick or runner == "v2" else 48,
         lengths=lengths,
         seed=seed,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LOGPROB_TOLERANCE = 1e-4
+PATTERN = "(I see|There is) (a|one) (small |large )?(red|blue) (circle|star)( and a [a-z]+)?"
 
 
 def feature_params(max_tokens: int, words: Sequence[str]) -> dict[str, Any]:
@@ -13,24 +14,20 @@ def feature_params(max_tokens: int, words: Sequence[str]) -> dict[str, Any]:
 
     Args:
         max_tokens: of each.
-        words: two words that occur in ordinary answers, to stop at or to forbid.
+        words: two words that occur in ordinary answers, to stop at or to forbid (vLLM forbids a
+            word only as it is written at the start of a text, so the full stop is what tells).
     """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams as Structured
 
-    schema = {
-        "type": "object",
-        "properties": {"count": {"enum": [1, 2, 3]}, "colour": {"enum": ["red", "blue", "green"]}},
-        "required": ["count", "colour"],
-    }
     settings: dict[str, dict[str, Any]] = {
         "plain": {},
         "logprobs": {"logprobs": 5},
-        "bad words": {"bad_words": list(words)},
+        "bad words": {"bad_words": [".", *words]},
         "repetition penalty": {"repetition_penalty": 1.4},
         "presence and frequency penalty": {"presence_penalty": 1.2, "frequency_penalty": 0.7},
         "choice": {"structured_outputs": Structured(choice=["a red circle", "a blue square"])},
-        "json": {"structured_outputs": Structured(json=schema, disable_any_whitespace=True)},
+        "regular expression": {"structured_outputs": Structured(regex=PATTERN)},
         "stop string": {"stop": [words[0]]},
         "min tokens": {"stop": [words[0]], "min_tokens": max_tokens - 2},
         "top-1 sampling, n = 3": {"temperature": 1.0, "top_k": 1, "n": 3},
