@@ -21,6 +21,7 @@ LETTERS = "abcdefghijklmnopqrst"
 SPECIAL = ("<s>", "</s>", "<pad>", "<image>")
 VOCAB = len(LETTERS) + len(SPECIAL)
 HEAD_SCALE = 0.1  # at this scale the best token's probability is about a half
+DRAFT_SCALE = 0.35
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def build(root: Path, seed: int = 0) -> tuple[str, str]:
     config["text_config"].update(vocab_size=VOCAB, **ends)
     (target / "config.json").write_text(json.dumps(config))
     (target / "generation_config.json").write_text(json.dumps(ends))
+
+    # As flat as the target's law, so that drafts drawn from the draft's own law vary as well.
+    weights = load_file(draft / "model.safetensors")
+    for name in ("fc.weight", "fc.bias"):
+        weights[name] = DRAFT_SCALE * weights[name]
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
 
     config = json.loads((draft / "config.json").read_text())
     config["vocab_size"] = config["target"]["vocab_size"] = VOCAB
