@@ -101,7 +101,6 @@ def main() -> int:
     args = parser.parse_args()
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     wrong = 0
     for part in args.only:
         job, _, runner = part.partition("-")
@@ -109,6 +108,7 @@ def main() -> int:
         report = JOBS[job](runner, args.seed, args.quick)
         show(part, report)
         wrong += sum(len(report.get(key, {}).get("mismatches", [])) for key in ("mixed", "alone"))
+        result = json.loads(args.out.read_text()) if args.out.exists() else {}
         result[part] = {"provenance": origin, **report}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if wrong else 0
