@@ -2,8 +2,8 @@
 
     python -m vllm_msd.demo.evaluate --target build/target/model --draft build/draft
 
-Accuracy stands next to an even guess and to the same answers scored against other images' keys of
-the same question form, which is what a model that does not look would get at best by wording.
+Accuracy stands next to an even guess and to the answers the target gives when it is shown another
+request's image, which is what wording and habit alone are worth.
 Acceptance is replayed from the target's greedy replies (see `training.unroll`), with the right
 image in the draft and with another request's.
 """
