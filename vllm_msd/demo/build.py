@@ -5,10 +5,8 @@
 Both trainings follow the clock: on a faster or idle machine the same minutes give a better pair.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from vllm_msd.training import parallel, train_draft
@@ -55,19 +53,3 @@ def build(output: Path, minutes: float = 75.0, per_kind: int = 60, processes: in
     figures = header | evaluate.evaluate(output / "target", output / "draft", per_kind)
     (output / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     return output
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line of `vllm-msd demo build`."""
-    parser = argparse.ArgumentParser(prog="vllm-msd demo build", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("build/pair"))
-    parser.add_argument("--minutes", type=float, default=75.0, help="training time in all")
-    parser.add_argument("--per-kind", type=int, default=60, help="held-out samples of each kind")
-    parser.add_argument("--processes", type=int, default=2, help="one thread each")
-    args = parser.parse_args(arguments)
-    if args.minutes <= 0 or args.processes < 1 or args.per_kind < 1:
-        print("--minutes, --per-kind and --processes must be positive.", file=sys.stderr)
-        return 2
-    folder = build(args.output, args.minutes, args.per_kind, args.processes)
-    print(json.dumps({"target": str(folder / "target"), "draft": str(folder / "draft")}))
-    return 0
