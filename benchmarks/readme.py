@@ -3,8 +3,8 @@
     python benchmarks/readme.py            # rewrites the section
     python benchmarks/readme.py --check    # exits with 1 when it is out of date
 
-Each part of the section is made from one file in ``benchmarks/results``; a part without its file is
-left out. Nothing in the section is written by hand.
+Each part of the section is made from one result file; a part without its file is left out. Nothing
+in the section is written by hand.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -37,7 +36,7 @@ def _source(name: str, facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
     units = {"cores": "cores", "memory_gib": "GiB"}
     machine = ", ".join(f"{v} {units.get(k, '')}".strip() for k, v in facts["machine"].items())
-    return f"`benchmarks/results/{name}`, {facts['date']}; {machine}; {versions}."
+    return f"`{name}`, {facts['date']}; {machine}; {versions}."
 
 
 def demo(name: str, result: dict[str, Any]) -> str:
@@ -77,17 +76,17 @@ def demo(name: str, result: dict[str, Any]) -> str:
 def visual_branch(name: str, result: dict[str, Any]) -> str:
     """What the image is worth to the draft."""
     groups = [*result["by_kind"].items(), ("**all**", result["all"])]
+    images = ("own_image", "swapped_image", "noise")
     rows = [
-        (kind, found["own_image"]["acceptance_length"], found["swapped_image"]["acceptance_length"])
-        for kind, found in groups
+        (kind, *(found[image]["acceptance_length"] for image in images)) for kind, found in groups
     ]
     return "\n\n".join(
         [
             "### The visual branch",
             "Tokens per verification when the draft, and the draft alone, is given another "
-            f"request's image; {result['identical']} of {result['requests']} answers stayed as "
-            "they were:",
-            table(["kind of work", "own image", "swapped image"], rows),
+            "request's image of the same kind, or noise of the image embeddings' mean and spread; "
+            f"{result['identical']} of {result['requests']} answers stayed as they were:",
+            table(["kind of work", "own image", "another's image", "noise"], rows),
             _source(name, result),
         ]
     )
@@ -148,19 +147,19 @@ def lossless(name: str, result: dict[str, Any]) -> str:
 
 
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "demo.json": demo,
-    "visual_branch.json": visual_branch,
-    "evaluation.json": evaluation,
-    "lossless.json": lossless,
+    "benchmarks/results/demo.json": demo,
+    "benchmarks/results/visual_branch.json": visual_branch,
+    "vllm_msd/demo/pair/evaluation.json": evaluation,  # written when the pair is built
+    "benchmarks/results/lossless.json": lossless,
 }
 
 
-def section(folder: Path = RESULTS) -> str:
-    """The whole section with its markers, from the files in ``folder``."""
+def section(root: Path = ROOT) -> str:
+    """The whole section with its markers, from the files below ``root``."""
     parts = [
-        make(name, json.loads((folder / name).read_text(encoding="utf-8")))
+        make(name, json.loads((root / name).read_text(encoding="utf-8")))
         for name, make in PARTS.items()
-        if (folder / name).is_file()
+        if (root / name).is_file()
     ]
     return "\n\n".join([BEGIN, *parts, END])
 

@@ -39,7 +39,9 @@ def test_section_is_made_from_the_files(tmp_path):
         },
     }
     demo = {**facts, "small": found, "wide": None}
-    (tmp_path / "demo.json").write_text(json.dumps(demo))
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "demo.json").write_text(json.dumps(demo))
     section = results.section(tmp_path)
     assert "| vqa | 3.25 |" in section
     assert "| small pair, fp32 | 10.00 | 15.50 | 1.55x | 6 of 7 |" in section
