@@ -121,7 +121,11 @@ def acceptance(answers: Iterable[Answer]) -> dict[str, Any]:
 
 
 def speed(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Decode tokens per second of both engines at batch 1, and their ratio, also by round."""
+    """Decode tokens per second of both engines at batch 1, and their ratio.
+
+    ``speedup`` is the median of the rounds' ratios, so that other work on the machine during one of
+    them does not decide it. ``median_step_seconds`` is the cost of one engine step, first round.
+    """
 
     def rate(timings: Iterable[tuple[int, float]]) -> float | None:
         tokens, seconds = (sum(column) for column in zip(*timings, strict=True))
@@ -138,13 +142,27 @@ def speed(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         statistics.median(getattr(c, name).prefill_seconds for c in comparisons)
         for name in ("plain", "msd")
     ]
+    ratios = [ratio for ratio in rounds if ratio is not None]
     return {
         "plain_tokens_per_second": plain,
         "msd_tokens_per_second": msd,
-        "speedup": msd / plain if plain and msd else None,
+        "speedup": statistics.median(ratios) if ratios else None,
         "speedup_per_round": rounds,
+        "median_step_seconds": {
+            "plain": _median_step([c.plain for c in comparisons]),
+            "msd": _median_step([c.msd for c in comparisons]),
+        },
         "median_first_token_seconds": {"plain": prefill[0], "msd": prefill[1]},
     }
+
+
+def _median_step(answers: Iterable[Answer]) -> float | None:
+    steps = [
+        later[1] - earlier[1]
+        for answer in answers
+        for earlier, later in zip(answer.steps, answer.steps[1:], strict=False)
+    ]
+    return statistics.median(steps) if steps else None
 
 
 def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
