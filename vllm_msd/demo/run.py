@@ -158,6 +158,9 @@ def _print_speed(small: dict, wide: dict | None, settings: DemoSettings) -> None
             f"  {wide['identical']} of {wide['requests']} bf16 answers were identical (near ties "
             "may come out either way in bf16)."
         )
+        # A step with MSD costs more than one without, so a larger ratio is somebody else's load.
+        if (wide["speed"]["speedup"] or 0) > (wide["all"]["acceptance_length"] or 0):
+            print("  Faster than its tokens per verification: the machine was busy, run it again.")
         print("Acceptance is the small pair's, cost is the large shape's: see the report.")
 
 
