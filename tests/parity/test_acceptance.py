@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_msd.tree import DraftTree, accept_greedy, retrieve_indices, tree_mask
+from vllm_msd.tree import DraftTree, accept, retrieve_indices, tree_mask
 
 
 def parents_from_mask(mask):
@@ -41,7 +41,7 @@ def test_chosen_paths_of_the_continuations(ref, prompt, tree):
         target[0, path[:-1]] = drafted.tokens[0, path[1:]]
         target[0, path[-1]] = next_token
 
-        result = accept_greedy(drafted, target)
+        result = accept(drafted, target)
         assert result.lengths.tolist() == [length]
         assert torch.equal(result.nodes[0, : length + 1], path)
         assert (result.nodes[0, length + 1 :] == -1).all()
@@ -61,7 +61,7 @@ def test_fixed_tree_over_many_logits(verification):
     by_node = retrieve_indices(parents[0], lexicographic=True)
     assert torch.equal(by_node, verification["tree.retrieve_indices_sampling"])
 
-    result = accept_greedy(DraftTree.from_parents(tokens, parents), logits.argmax(-1))
+    result = accept(DraftTree.from_parents(tokens, parents), logits.argmax(-1))
     assert torch.equal(result.lengths, verification["greedy.accept_length"])
     assert torch.equal(result.next_tokens, verification["greedy.next_token"])
     best = [first_row_with(paths, nodes) for nodes in result.nodes]
@@ -76,7 +76,7 @@ def test_grown_trees_with_real_logits(verification, draft_references):
         ref = next(r for r in draft_references if r.config.vocab_size == logits.shape[1])
         drafted = recorded_tree(ref, name)
         assert torch.equal(tree_mask(drafted)[:, None].byte(), ref[f"{name}.tree_mask"])
-        result = accept_greedy(drafted, logits.argmax(-1)[None])
+        result = accept(drafted, logits.argmax(-1)[None])
         assert int(result.lengths) == int(verification[f"greedy_dyn.{name}.accept_length"])
         expected = verification[f"greedy_dyn.{name}.next_logits"].argmax()
         assert int(result.next_tokens) == int(expected)

@@ -1,7 +1,9 @@
 """Prefill, tree growing and continuations against the recorded reference.
 
-Floats agree to 2e-5 (float32, other order of summation); the recorded draws keep every top-k gap
-far above that, so integers must be equal.
+Floats of a prefill agree to 2e-5 (float32, other order of summation). A tree's levels feed on each
+other's output, which carries the difference on: 1e-4 there, of which processors with other matrix
+kernels have been seen to use 4e-5. The recorded draws keep every top-k gap far above that, so
+integers must be equal.
 """
 
 import torch
@@ -11,6 +13,7 @@ from vllm_msd.draft import DraftCache
 from vllm_msd.tree import draft_tree, retrieve_indices, tree_mask
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+STEP_TOLERANCE = {"atol": 1e-4, "rtol": 2e-5}
 
 
 def test_draft_holds_the_published_weights(ref):
@@ -88,7 +91,7 @@ def grow_and_check_steps(ref, call, cache, last_hidden, root, shape):
         assert attention_mask[..., :stable].all()
         visible = attention_mask[..., stable:].to(torch.uint8)
         assert torch.equal(visible[:, None], ref[f"{step}.tree_mask"])
-        assert_close(out, ref[f"{step}.out"], **TOLERANCE)
+        assert_close(out, ref[f"{step}.out"], **STEP_TOLERANCE)
     return grown
 
 

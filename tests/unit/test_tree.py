@@ -1,5 +1,7 @@
 """Trees: growing batched equals one by one and equals a plain search; records; acceptance."""
 
+import random
+
 import pytest
 import torch
 
@@ -8,11 +10,13 @@ from vllm_msd.draft import DraftCache
 from vllm_msd.errors import ConfigError
 from vllm_msd.tree import (
     DraftTree,
+    TreeConfig,
     TreeShape,
-    accept_greedy,
+    accept,
     draft_tree,
     grow_tree,
     retrieve_indices,
+    settle_index,
     tree_mask,
 )
 
@@ -133,12 +137,69 @@ def test_acceptance_of_a_mixed_batch():
     parents = torch.tensor([[-1, 0, 0, 1, 3]]).expand(4, 5)
     tokens = torch.tensor([[7, 1, 2, 3, 4]]).expand(4, 5)
     target = torch.tensor([[9, 3, 0, 4, 5], [2, 3, 6, 4, 5], [1, 3, 6, 4, 5], [1, 8, 6, 4, 5]])
-    result = accept_greedy(DraftTree.from_parents(tokens, parents), target)
+    result = accept(DraftTree.from_parents(tokens, parents), target)
     assert result.lengths.tolist() == [0, 1, 3, 1]
     assert result.next_tokens.tolist() == [9, 6, 5, 8]
     assert result.nodes.tolist() == [
-        [0, -1, -1, -1], [0, 2, -1, -1], [0, 1, 3, 4], [0, 1, -1, -1],
+        [0, -1, -1, -1, -1], [0, 2, -1, -1, -1], [0, 1, 3, 4, -1], [0, 1, -1, -1, -1],
     ]  # fmt: skip
+    assert result.tokens.tolist() == [
+        [9, -1, -1, -1, -1], [2, 6, -1, -1, -1], [1, 3, 4, 5, -1], [1, 8, -1, -1, -1],
+    ]  # fmt: skip
+
+
+def test_padding_nodes_are_never_accepted():
+    """A tree cut after two nodes: the third would fit, and its child after it."""
+    parents = torch.tensor([[-1, 0, 1, 2]])
+    tree = DraftTree.from_parents(torch.tensor([[7, 1, 2, 3]]), parents)
+    drawn = torch.tensor([[1, 2, 3, 4]])
+    assert accept(tree, drawn).lengths.tolist() == [3]
+    cut = accept(tree, drawn, num_nodes=torch.tensor([2]))
+    assert cut.lengths.tolist() == [1]
+    assert cut.tokens.tolist() == [[1, 2, -1, -1]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_settling_is_a_compaction(seed):
+    """Against a plain loop over requests; rows that belong to no tree stay where they are."""
+    rng = random.Random(seed)
+    rows, roots, paths = list(range(60)), [4, 20, 33], []
+    expected = rows.copy()
+    for root in roots:
+        path = [0, *sorted(rng.sample(range(1, 12), rng.randrange(0, 6)))]
+        paths.append(path + [-1] * (12 - len(path)))
+        for i, node in enumerate(path):
+            expected[root + i] = rows[root + node]
+    index = settle_index(torch.tensor(roots), torch.tensor(paths), len(rows))
+    assert torch.tensor(rows)[index].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "depth", "top_k", "message"),
+    [
+        (24, 5, None, "tree_top_k"),
+        (24, None, 4, "tree_depth"),
+        (64, 5, 8, "at most 63"),
+        (24, 8, 4, "tree_depth of at most 7"),
+        (24, 2, 4, "only 20 nodes"),
+        (5, 4, 1, "leave tree_depth out"),
+        (24, 0, 4, "from 1 on"),
+        (24, 5, True, "from 1 on"),
+        (4, 5, 2, "at most num_speculative_tokens"),
+    ],
+)
+def test_impossible_sizes_are_refused(nodes, depth, top_k, message):
+    with pytest.raises(ConfigError, match=message):
+        TreeConfig.from_settings(nodes, depth, top_k)
+
+
+def test_possible_sizes():
+    assert TreeConfig.from_settings(5, None, None) == TreeConfig(5, 5, 1)
+    assert TreeConfig.from_settings(5, None, 1).is_chain
+    assert TreeConfig.from_settings(5, 5, 1).is_chain
+    tree = TreeConfig.from_settings(24, 5, 6)
+    assert not tree.is_chain
+    assert tree.shape == TreeShape(total_tokens=25, depth=4, top_k=6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -156,7 +217,7 @@ def test_acceptance_equals_a_walk_down(seed):
         path = [0]
         while step := [n for n in children[path[-1]] if tokens[n] == target[path[-1]]]:
             path += step
-        result = accept_greedy(tree, torch.tensor([target]))
+        result = accept(tree, torch.tensor([target]))
         assert result.lengths.tolist() == [len(path) - 1]
         assert result.nodes[0, : len(path)].tolist() == path
         assert result.next_tokens.tolist() == [target[path[-1]]]

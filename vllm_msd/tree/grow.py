@@ -137,5 +137,7 @@ def _rerank(
     nodes = torch.where(parents < 0, 0, torch.searchsorted(kept, parents) + 1)
     root = torch.full_like(root_tokens[:, None], -1)
     return DraftTree.from_parents(
-        torch.cat([root_tokens[:, None], tokens.gather(1, kept)], 1), torch.cat([root, nodes], 1)
+        torch.cat([root_tokens[:, None], tokens.gather(1, kept)], 1),
+        torch.cat([root, nodes], 1),
+        check=False,
     )

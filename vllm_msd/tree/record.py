@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_msd.tree.relations import tree_relations
+
 MAX_NODES = 64  # one bit per node in an int64
 
 
@@ -45,21 +47,20 @@ class DraftTree:
         return self.tokens.shape[1]
 
     @classmethod
-    def from_parents(cls, tokens: Tensor, parents: Tensor) -> "DraftTree":
+    def from_parents(cls, tokens: Tensor, parents: Tensor, check: bool = True) -> "DraftTree":
         """Build the record from ``[B, T]`` tokens and parents (-1 at the root only).
+
+        Args:
+            tokens: int64 token of each node.
+            parents: int64 parent of each node.
+            check: look at the contents of ``parents``, which waits for the device.
 
         Raises:
             ValueError: a node does not come after its parent, or there are too many nodes.
         """
         node = torch.arange(tokens.shape[1], device=tokens.device)
-        if (parents >= node).any() or (parents[:, 1:] < 0).any() or (parents[:, 0] != -1).any():
+        if check and (
+            (parents >= node).any() or (parents[:, 1:] < 0).any() or (parents[:, 0] != -1).any()
+        ):
             raise ValueError("parents: expected -1 at node 0 and an earlier node everywhere else")
-        own = torch.ones_like(parents) << node
-        depths, ancestors = torch.zeros_like(parents), own
-        for _ in range(tokens.shape[1] - 1):
-            deeper = torch.where(parents >= 0, depths.gather(1, parents.clamp(min=0)) + 1, 0)
-            if torch.equal(deeper, depths):
-                break
-            inherited = ancestors.gather(1, parents.clamp(min=0))
-            depths, ancestors = deeper, own | torch.where(parents >= 0, inherited, 0)
-        return cls(tokens, parents, depths, ancestors)
+        return cls(tokens, parents, *tree_relations(parents))

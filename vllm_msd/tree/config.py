@@ -1,0 +1,89 @@
+"""The size of a tree as users give it."""
+
+from dataclasses import dataclass
+
+from vllm_msd.errors import ConfigError
+from vllm_msd.tree.grow import TreeShape
+from vllm_msd.tree.record import MAX_NODES
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """``num_nodes`` drafted tokens, at most ``depth`` deep, ``top_k`` wide; ``top_k`` 1 is a chain.
+
+    The draft has slots for ``num_nodes`` rows of its own, of which ``depth - 1`` levels of
+    ``top_k`` rows each take a part.
+
+    Raises:
+        ConfigError: no tree has this size; the message says which setting to change, and how.
+    """
+
+    num_nodes: int
+    depth: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        n, d, k = self.num_nodes, self.depth, self.top_k
+        for name, value in (("tree_depth", d), ("tree_top_k", k)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}: got {value!r}, expected a whole number from 1 on.")
+        if self.is_chain:
+            if d != n:
+                raise ConfigError(
+                    f"tree_depth: got {d} with tree_top_k 1 and num_speculative_tokens {n}. A "
+                    "chain is as deep as it has tokens: leave tree_depth out."
+                )
+            return
+        if n >= MAX_NODES:
+            raise ConfigError(
+                f"num_speculative_tokens: got {n}, expected at most {MAX_NODES - 1} with a tree "
+                f"(tree_top_k {k})."
+            )
+        if d > n:
+            raise ConfigError(
+                f"tree_depth: got {d}, expected at most num_speculative_tokens ({n})."
+            )
+        if (d - 1) * k > n:
+            raise ConfigError(
+                f"tree_depth {d} and tree_top_k {k} draft {(d - 1) * k} rows before the last "
+                f"level, expected at most num_speculative_tokens ({n}). Take a tree_depth of at "
+                f"most {n // k + 1} or a tree_top_k of at most {n // (d - 1)}."
+            )
+        if n > k + (d - 1) * k * k:
+            raise ConfigError(
+                f"num_speculative_tokens: got {n}, but tree_depth {d} and tree_top_k {k} propose "
+                f"only {k + (d - 1) * k * k} nodes. Make the tree deeper or wider, or take fewer."
+            )
+
+    @classmethod
+    def from_settings(
+        cls, num_speculative_tokens: int, tree_depth: int | None, tree_top_k: int | None
+    ) -> "TreeConfig":
+        """Fill in what is absent: no depth or a width of 1 means a chain.
+
+        Raises:
+            ConfigError: a width above 1 without a depth, or no tree has this size.
+        """
+        if tree_depth is None:
+            if tree_top_k not in (None, 1):
+                raise ConfigError(
+                    f"tree_top_k: got {tree_top_k!r} without tree_depth. Set tree_depth too, or "
+                    "leave tree_top_k out for a chain."
+                )
+            return cls(num_speculative_tokens, num_speculative_tokens, 1)
+        if tree_top_k is None:
+            raise ConfigError(
+                f"tree_depth: got {tree_depth!r} without tree_top_k. Set tree_top_k too, or leave "
+                "tree_depth out for a chain."
+            )
+        return cls(num_speculative_tokens, tree_depth, tree_top_k)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has one child at most."""
+        return self.top_k == 1
+
+    @property
+    def shape(self) -> TreeShape:
+        """What `grow_tree` takes."""
+        return TreeShape(self.num_nodes + 1, self.depth - 1, self.top_k)
