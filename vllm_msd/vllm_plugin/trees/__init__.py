@@ -1,0 +1,1 @@
+"""Draft trees inside vLLM: attention, acceptance and drafting for both model runners."""
