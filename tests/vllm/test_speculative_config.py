@@ -1,8 +1,10 @@
 """From flags and dictionaries to vLLM's own configuration, without starting an engine."""
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import SpeculativeConfig
@@ -13,6 +15,7 @@ from tests.common import tiny
 from vllm_msd.draft import MSDDraftConfig
 from vllm_msd.errors import CheckpointError, ConfigError
 from vllm_msd.vllm_plugin import engine_args, guards, plugin, resolve
+from vllm_msd.vllm_plugin.trees import settings
 
 ARCHITECTURES = {
     "llava": ("EagleMsdLlamaForCausalLM", "LlamaConfig"),
@@ -234,6 +237,67 @@ def test_flags_are_in_the_help(parser, monkeypatch, capsys):
         assert all(flag in text for flag in expected)
 
 
+# Trees
+
+
+def tree(nodes, depth, top_k):
+    return {"num_speculative_tokens": nodes, "tree_depth": depth, "tree_top_k": top_k}
+
+
+def tree_of(speculative_config):
+    vllm_config = SimpleNamespace(speculative_config=speculative_config)
+    config = settings.tree_config(vllm_config)
+    assert settings.wants_trees(vllm_config) == (not config.is_chain)
+    return config.num_nodes, config.depth, config.top_k
+
+
+@pytest.fixture
+def tree_pair(pair, tmp_path):
+    """A pair whose draft is served as a tree unless told otherwise."""
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    for file in Path(pair.draft).iterdir():
+        (draft / file.name).symlink_to(file)
+    config = json.loads((draft / "config.json").read_text())
+    config["target"]["name_or_path"] = pair.target
+    config |= tree(12, 4, 3)
+    (draft / "config.json").unlink()
+    (draft / "config.json").write_text(json.dumps(config))
+    return dataclasses.replace(pair, draft=str(draft))
+
+
+def test_without_tree_settings_a_chain(pair):
+    assert tree_of(configure(pair.target, msd(pair))) == (5, 5, 1)
+    assert tree_of(configure(pair.target, msd(pair, num_speculative_tokens=3))) == (3, 3, 1)
+
+
+def test_tree_of_the_request(pair):
+    config = configure(pair.target, msd(pair, **tree(24, 5, 6)))
+    assert tree_of(config) == (24, 5, 6)
+    assert config.num_speculative_tokens == 24
+    # It travels to the workers in the draft's config.
+    assert tree_of(pickle.loads(pickle.dumps(config))) == (24, 5, 6)
+
+
+def test_tree_of_the_draft_and_what_overrides_it(tree_pair):
+    def asked(**keys):
+        return tree_of(configure(tree_pair.target, msd(tree_pair, **keys)))
+
+    assert asked() == (12, 4, 3)
+    assert asked(num_speculative_tokens=20) == (20, 4, 3)
+    assert asked(tree_depth=3) == (12, 3, 3)
+    assert asked(tree_top_k=1) == (12, 12, 1)
+    assert asked(tree_top_k=1, num_speculative_tokens=5) == (5, 5, 1)
+
+
+def test_tree_from_the_command_line(parser, pair):
+    flags = ["--speculative-model", pair.draft, "--num-speculative-tokens", "12"]
+    flags += ["--speculative-config.tree_depth", "4", "--speculative-config.tree_top_k", "3"]
+    args = parser.parse_args(["--model", pair.target, *flags])
+    config = EngineArgs.from_cli_args(args).create_engine_config()
+    assert tree_of(config.speculative_config) == (12, 4, 3)
+
+
 # What is refused
 
 
@@ -242,8 +306,13 @@ def test_flags_are_in_the_help(parser, monkeypatch, capsys):
     [
         ({"num_speculativ_tokens": 3}, "'num_speculativ_tokens'.*Did you mean 'num_speculative_t"),
         ({"zzz": 3}, r"'zzz'\] is not a known setting. Known: .*num_speculative_tokens"),
-        ({"tree_depth": 4}, "trees are not served yet, only chains"),
-        ({"tree_top_k": 4}, "trees are not served yet, only chains"),
+        ({"tree_depth": 4}, "tree_depth: got 4 without tree_top_k"),
+        ({"tree_top_k": 4}, "tree_top_k: got 4 without tree_depth"),
+        ({"tree_dept": 4}, "Did you mean 'tree_depth'"),
+        (tree(24, 8, 4), "tree_depth of at most 7"),
+        (tree(64, 5, 8), "at most 63 with a tree"),
+        (tree(12, 3, 3) | {"draft_sample_method": "probabilistic"}, "Only 'greedy' does"),
+        (tree(12, 3, 3) | {"rejection_sample_method": "block"}, "Only 'standard' does"),
         ({"prompt_lookup_max": 4}, "has no meaning for the method 'msd'"),
         ({"parallel_drafting": True}, "has no meaning for the method 'msd'"),
         ({"tensor_parallel_size": 2}, "target's tensor parallel size"),
@@ -279,6 +348,20 @@ def test_settings_that_do_not_work(pair, keys, message):
 def test_engines_that_do_not_work(pair, engine, message):
     with pytest.raises(ConfigError, match=message):
         configure(pair.target, msd(pair), **engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"max_num_batched_tokens": 12, "max_num_seqs": 1}, "at least 13, the rows of one tree"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2 does not work with a draft tree"),
+        ({"kv_transfer_config": {"kv_role": "kv_both"}}, "kv_transfer_config does not work"),
+    ],
+    ids=str,
+)
+def test_engines_that_do_not_work_with_trees(pair, engine, message):
+    with pytest.raises(ConfigError, match=message):
+        configure(pair.target, msd(pair, **tree(12, 3, 3)), **engine)
 
 
 def test_fewer_tokens_than_the_context(pair):

@@ -14,6 +14,7 @@ from vllm_msd.errors import ConfigError
 FORMAT_VERSION = 1
 LAYER_TYPES = ("llama", "qwen2")
 DTYPES = ("float32", "float16", "bfloat16")
+OPTIONAL_FIELDS = ("tree_depth", "tree_top_k")
 
 # What the published layouts imply without saying it: the decoder layer's type, the q/k/v bias, the
 # input norm of layer 0, and the rotary base when the file names none.
@@ -74,7 +75,9 @@ class MSDDraftConfig:
 
     ``input_norm`` and ``attention_bias`` tell the two published layer types apart: Llama-type
     drafts have neither, Qwen2-type drafts have both. Later layers of a deeper draft always have an
-    input norm. Raises `ConfigError` when a value is impossible.
+    input norm. ``num_speculative_tokens``, ``tree_depth`` and ``tree_top_k`` are the defaults the
+    draft is served with; without the last two it drafts chains. Raises `ConfigError` when a value
+    is impossible.
     """
 
     layer_type: str
@@ -94,6 +97,8 @@ class MSDDraftConfig:
     fc_bias: bool = True
     torch_dtype: str = "float32"
     num_speculative_tokens: int = 5
+    tree_depth: int | None = None
+    tree_top_k: int | None = None
     target: TargetInfo = TargetInfo()
 
     def __post_init__(self) -> None:
@@ -107,6 +112,9 @@ class MSDDraftConfig:
             "num_speculative_tokens",
         ):  # fmt: skip
             _positive_int(name, getattr(self, name))
+        for name in OPTIONAL_FIELDS:
+            if getattr(self, name) is not None:
+                _positive_int(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -156,8 +164,8 @@ class MSDDraftConfig:
         # transformers renames torch_dtype to dtype when it rewrites a config.
         d = {"torch_dtype": d.get("dtype"), **d}
         names = [f.name for f in fields(cls) if f.name != "target"]
-        _require(d, names)
-        return cls(**{n: d[n] for n in names}, target=TargetInfo.from_dict(d.get("target")))
+        _require(d, [n for n in names if n not in OPTIONAL_FIELDS])
+        return cls(**{n: d.get(n) for n in names}, target=TargetInfo.from_dict(d.get("target")))
 
     @classmethod
     def _from_published(cls, d: Mapping[str, Any], model_type: str) -> "MSDDraftConfig":

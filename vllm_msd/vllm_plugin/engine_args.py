@@ -90,14 +90,19 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
         guards.check_keys(request)
         name = resolve.find_draft(target_model_config.model, request.get("model"))
         draft = resolve.read_draft(name, request.get("revision"), self.download_dir)
-        request.setdefault("num_speculative_tokens", draft.num_speculative_tokens)
-        guards.check_engine(self, request, draft, name, target_model_config, target_parallel_config)
+        request = {**request, **guards.size_settings(request, draft)}
+        tree = guards.check_engine(
+            self, request, draft, name, target_model_config, target_parallel_config
+        )
         vllm_request = {**request, "method": "eagle", "model": name}
+        for key in guards.TREE_KEYS:
+            del vllm_request[key]
         hf_config = build_draft_hf_config(
             draft,
             DRAFT_ARCHITECTURES[draft.layer_type],
             vocab_size=target_model_config.get_vocab_size(),
             max_position_embeddings=target_model_config.max_model_len,
+            tree=tree,
         )
         with _arguments(self, vllm_request), _draft_config(hf_config):
             return original(self, target_model_config, target_parallel_config)

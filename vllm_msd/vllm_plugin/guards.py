@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_msd.errors import ConfigError
+from vllm_msd.tree.config import TreeConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -37,7 +38,8 @@ KEYS = frozenset(
         "num_speculative_tokens_per_batch_size",
     }
 )  # fmt: skip
-_TREE_KEYS = frozenset({"tree_depth", "tree_top_k", "tree_total_tokens"})
+# Ours: how deep and wide the tree is that num_speculative_tokens nodes are chosen from.
+TREE_KEYS = ("tree_depth", "tree_top_k")
 
 # Loaders that read whole files of a target's own kind; the draft's checkpoint has none of them.
 _TARGET_ONLY_LOADERS = frozenset(
@@ -51,13 +53,8 @@ def check_keys(request: Mapping[str, Any]) -> None:
 
     vllm_keys = {f.name for f in dataclasses.fields(SpeculativeConfig)}
     for key in request:
-        if key in KEYS and key in vllm_keys:
+        if key in TREE_KEYS or (key in KEYS and key in vllm_keys):
             continue
-        if key in _TREE_KEYS:
-            raise ConfigError(
-                f"speculative_config[{key!r}]: draft trees are not served yet, only chains. Leave "
-                "it out; num_speculative_tokens sets the length of the chain."
-            )
         if key == "tensor_parallel_size":
             raise ConfigError(
                 "speculative_config['tensor_parallel_size'] is not a setting; the draft runs with "
@@ -68,9 +65,22 @@ def check_keys(request: Mapping[str, Any]) -> None:
                 f"speculative_config[{key!r}] has no meaning for the method 'msd' under this vLLM. "
                 "Leave it out."
             )
-        close = difflib.get_close_matches(key, sorted(KEYS & vllm_keys), n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(KEYS))}."
+        known = sorted({*(KEYS & vllm_keys), *TREE_KEYS})
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
         raise ConfigError(f"speculative_config[{key!r}] is not a known setting. {hint}")
+
+
+def size_settings(request: Mapping[str, Any], draft: MSDDraftConfig) -> dict[str, Any]:
+    """`num_speculative_tokens`, `tree_depth` and `tree_top_k`: the request's, else the draft's.
+
+    A request for a chain (`tree_top_k` 1) needs no depth, whatever the draft's is.
+    """
+    names = ("num_speculative_tokens", *TREE_KEYS)
+    settings = {name: request.get(name, getattr(draft, name)) for name in names}
+    if request.get("tree_top_k") == 1 and "tree_depth" not in request:
+        settings["tree_depth"] = None
+    return settings
 
 
 def check_engine(
@@ -80,16 +90,19 @@ def check_engine(
     draft_name: str,
     target: ModelConfig,
     parallel: ParallelConfig,
-) -> None:
+) -> TreeConfig:
     """Refuse an engine that cannot serve this draft.
 
     Args:
         engine_args: the whole engine's arguments.
-        request: the merged speculative config, `num_speculative_tokens` filled in.
+        request: the merged speculative config, with `size_settings` filled in.
         draft: config of the draft, already checked in itself.
         draft_name: folder or hub name of the draft, for messages.
         target: config of the target.
         parallel: how the target is spread.
+
+    Returns:
+        size of the trees to draft; of a chain where no tree was asked for.
 
     Raises:
         ConfigError: with reason and remedy.
@@ -112,6 +125,56 @@ def check_engine(
         raise ConfigError(
             "enable_prompt_embeds does not work with MSD: the draft reads the prompt's token ids. "
             "Turn it off."
+        )
+    tree = TreeConfig.from_settings(
+        request["num_speculative_tokens"], request["tree_depth"], request["tree_top_k"]
+    )
+    if not tree.is_chain:
+        _check_tree(tree, engine_args, request, target, parallel)
+    return tree
+
+
+def _check_tree(
+    tree: TreeConfig,
+    engine_args: EngineArgs,
+    request: Mapping[str, Any],
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> None:
+    """Refuse what only chains can do."""
+    chain = "Change it, or draft a chain: set tree_top_k to 1."
+    for name, only in (("draft_sample_method", "greedy"), ("rejection_sample_method", "standard")):
+        value = request.get(name)
+        if value not in (None, only):
+            raise ConfigError(
+                f"{name}={value!r} does not work with a draft tree, whose nodes are the draft's "
+                f"most likely tokens and are accepted exactly. Only {only!r} does. {chain}"
+            )
+    if request.get("num_speculative_tokens_per_batch_size"):
+        raise ConfigError(
+            "num_speculative_tokens_per_batch_size does not work with a draft tree, which has one "
+            f"size. {chain}"
+        )
+    if target.get_sliding_window() is not None:
+        raise ConfigError(
+            "this target's attention has a sliding window, which counts rows; a tree's rows are "
+            f"not its positions. {chain}"
+        )
+    if engine_args.kv_transfer_config is not None:
+        raise ConfigError(
+            "kv_transfer_config does not work with a draft tree: rows may be sent away before they "
+            f"are settled. {chain}"
+        )
+    if parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={parallel.data_parallel_size} does not work with a draft tree. "
+            "Start one server for each replica instead, or draft a chain: set tree_top_k to 1."
+        )
+    rows, limit = tree.num_nodes + 1, engine_args.max_num_batched_tokens
+    if limit is not None and limit < rows:
+        raise ConfigError(
+            f"max_num_batched_tokens={limit}: expected at least {rows}, the rows of one tree "
+            "(num_speculative_tokens and the token before them)."
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
     from vllm_msd.draft import MSDDraftConfig
+    from vllm_msd.tree.config import TreeConfig
 
 
 class MSDCheckpointConfig(PreTrainedConfig):
@@ -22,7 +23,11 @@ class MSDCheckpointConfig(PreTrainedConfig):
 
 
 def build_draft_hf_config(
-    draft: MSDDraftConfig, architecture: str, vocab_size: int, max_position_embeddings: int
+    draft: MSDDraftConfig,
+    architecture: str,
+    vocab_size: int,
+    max_position_embeddings: int,
+    tree: TreeConfig,
 ) -> PreTrainedConfig:
     """Build the Llama or Qwen2 config of one draft.
 
@@ -33,6 +38,7 @@ def build_draft_hf_config(
             published draft may have fewer rows of its own).
         max_position_embeddings: positions the target is served with. Rotary positions of the draft
             are computed, not learned, so the larger of both is right.
+        tree: size of the trees (or chains) to draft; kept as `msd_tree_depth` and `msd_tree_top_k`.
 
     Returns:
         a LlamaConfig (`layer_type` llama) or Qwen2Config (qwen2).
@@ -57,4 +63,5 @@ def build_draft_hf_config(
         tie_word_embeddings=False,
     )
     config.msd_draft = draft.to_dict()
+    config.msd_tree_depth, config.msd_tree_top_k = tree.depth, tree.top_k
     return config
