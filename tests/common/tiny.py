@@ -5,7 +5,8 @@ Here the target's head is a permutation of its embedding table: without its laye
 one long cycle through the printable characters. Its layers, scaled up far enough, push it off that
 walk every few tokens, by what it attends to (text and image). The draft passes the embedding
 through its fusion layer and disturbs it little, so it follows the cycle: it is right most of the
-time and wrong often enough.
+time and wrong often enough. For trees there is a draft that is unsure (``decoys``): after some
+tokens it finds others about as likely as the right one, which then stands second or third.
 
 Folders are in the standard Hugging Face layout (hub key names, tokenizer, processor) and load in
 vLLM and in Transformers. Sizes respect vLLM's CPU attention: head size 32, tensor parallel 2.
@@ -65,8 +66,16 @@ class TinyPair:
     published: str
 
 
-def build_pair(root: Path, kind: str, seed: int = 0) -> TinyPair:
-    """Write the pair's three folders below ``root`` and return their paths."""
+def build_pair(root: Path, kind: str, seed: int = 0, decoys: int = 0) -> TinyPair:
+    """Write the pair's three folders below ``root`` and return their paths.
+
+    Args:
+        root: folder to write to.
+        kind: one of ``KINDS``.
+        seed: of all weights.
+        decoys: wrong tokens that the draft finds about as likely as the right one, after every
+            second token.
+    """
     torch.manual_seed(seed)
     root = Path(root)
     target, draft, published = root / "target", root / "draft", root / "published"
@@ -76,6 +85,8 @@ def build_pair(root: Path, kind: str, seed: int = 0) -> TinyPair:
         _write_target(target, kind, embedding, seed)
     config = _draft_config(kind)
     state = _draft_state(config, seed + 2)
+    if decoys:
+        state["fc.weight"][:, :HIDDEN] += _decoys(embedding, decoys, seed + 4)
     _write(
         draft,
         {
@@ -367,6 +378,24 @@ def _draft_state(config: MSDDraftConfig, seed: int) -> dict[str, torch.Tensor]:
                 weight *= 0.3
         state[name] = weight
     return state
+
+
+def _decoys(embedding: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """What to add to the identity, so that it adds other embeddings to some tokens' own.
+
+    The head finds those tokens' successors as well. Their weights are drawn from around 1: near
+    enough for the rest of the draft to have a say in the order, so that it varies with the context.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    printable = torch.tensor(_printable_ids())
+    rows = embedding[printable]
+    mixed = torch.zeros_like(rows)
+    for i in range(0, len(rows), 2):
+        others = torch.randperm(len(rows), generator=generator)
+        others = others[others != i][:count]
+        weights = 1.0 + 0.15 * torch.rand(count, 1, generator=generator)
+        mixed[i] = (weights * rows[others]).sum(0)
+    return mixed.T @ torch.linalg.pinv(rows).T
 
 
 def _published_config(config: MSDDraftConfig, kind: str) -> dict:
