@@ -5,8 +5,18 @@ reads like the definition; tests compare the two. Nothing here imports vLLM, and
 only when a kernel is launched. ``docs/kernels.md`` says what there is and what it costs.
 """
 
-# The function takes the name of its folder: ``from vllm_msd.kernels import tree_attention``.
+# The functions take the names of their folders: ``from vllm_msd.kernels import tree_attention``.
+from .accept.api import AcceptedPaths, accept
+from .settle.api import LayerCaches, settle
 from .tree_attention.api import TreeAttentionWorkspace, tree_attention
 from .tree_attention.eager import ancestor_bits
 
-__all__ = ["TreeAttentionWorkspace", "ancestor_bits", "tree_attention"]
+__all__ = [
+    "AcceptedPaths",
+    "LayerCaches",
+    "TreeAttentionWorkspace",
+    "accept",
+    "ancestor_bits",
+    "settle",
+    "tree_attention",
+]

@@ -5,6 +5,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..checks import describe, expect, expect_contiguous_rows
 from .eager import tree_attention_eager
 from .launch import LaunchConfig, TreeAttentionWorkspace, launch_tree_attention
 
@@ -103,7 +104,7 @@ def tree_attention(
     if out is None:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
-        raise ValueError(f"out is {_describe(out)}, expected the same as q: {_describe(q)}")
+        raise ValueError(f"out is {describe(out)}, expected the same as q: {describe(q)}")
     elif out.stride(-1) != 1:
         raise ValueError("out must be contiguous in its last dimension")
     if q.shape[0] == 0 or seq_lens.shape[0] == 0:
@@ -125,17 +126,6 @@ def tree_attention(
     return tree_attention_eager(*batch, out=out, k_scale=k_scale, v_scale=v_scale)
 
 
-def _describe(t: Tensor) -> str:
-    return f"{t.dtype} {list(t.shape)} on {t.device}"
-
-
-def _expect(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], q: Tensor) -> None:
-    if t.dtype != dtype or tuple(t.shape) != shape or t.device != q.device:
-        raise ValueError(
-            f"{name} is {_describe(t)}, expected {dtype} {list(shape)} on {q.device} (as q)"
-        )
-
-
 def _check(
     q: Tensor,
     k_cache: Tensor,
@@ -149,7 +139,7 @@ def _check(
 ) -> None:
     if q.dim() != 3 or q.dtype not in QUERY_DTYPES:
         raise ValueError(
-            f"q is {_describe(q)}, expected [tokens, heads, head_size] in fp16, bf16 or fp32"
+            f"q is {describe(q)}, expected [tokens, heads, head_size] in fp16, bf16 or fp32"
         )
     num_tokens, num_heads, head_size = q.shape
     if head_size not in HEAD_SIZES:
@@ -157,41 +147,29 @@ def _check(
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4 or cache.shape[3] != head_size or cache.device != q.device:
             raise ValueError(
-                f"{name} is {_describe(cache)}, expected [blocks, block_size, kv_heads, "
+                f"{name} is {describe(cache)}, expected [blocks, block_size, kv_heads, "
                 f"{head_size}] on {q.device}"
             )
         if cache.dtype != q.dtype and cache.dtype not in FP8_DTYPES:
             raise ValueError(f"{name} is {cache.dtype}, expected {q.dtype} (as q) or a float8")
     if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
-        raise ValueError(f"k_cache is {_describe(k_cache)} but v_cache is {_describe(v_cache)}")
+        raise ValueError(f"k_cache is {describe(k_cache)} but v_cache is {describe(v_cache)}")
     if num_heads % k_cache.shape[2]:
         raise ValueError(f"{num_heads} query heads do not share {k_cache.shape[2]} KV heads evenly")
 
     num_requests = seq_lens.shape[0] if seq_lens.dim() else 0
-    _expect("seq_lens", seq_lens, torch.int32, (num_requests,), q)
-    _expect("query_start", query_start, torch.int32, (num_requests + 1,), q)
+    expect("seq_lens", seq_lens, torch.int32, (num_requests,), q.device)
+    expect("query_start", query_start, torch.int32, (num_requests + 1,), q.device)
     if block_table.dim() != 2:
-        raise ValueError(f"block_table is {_describe(block_table)}, expected [requests, blocks]")
-    _expect("block_table", block_table, torch.int32, (num_requests, block_table.shape[1]), q)
+        raise ValueError(f"block_table is {describe(block_table)}, expected [requests, blocks]")
+    expect("block_table", block_table, torch.int32, (num_requests, block_table.shape[1]), q.device)
     if (tree_start is None) != (ancestors is None):
         raise ValueError("give tree_start and ancestors together, or neither of them")
     if tree_start is not None and ancestors is not None:
-        _expect("tree_start", tree_start, torch.int32, (num_requests,), q)
-        _expect("ancestors", ancestors, torch.int64, (num_tokens,), q)
-    for name, t in (
-        ("q", q),
-        ("k_cache", k_cache),
-        ("v_cache", v_cache),
-        ("block_table", block_table),
-        ("seq_lens", seq_lens),
-        ("query_start", query_start),
-        ("tree_start", tree_start),
-        ("ancestors", ancestors),
-    ):
-        if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has stride {t.stride(-1)} in its last dimension: make it contiguous there"
-            )
+        expect("tree_start", tree_start, torch.int32, (num_requests,), q.device)
+        expect("ancestors", ancestors, torch.int64, (num_tokens,), q.device)
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        expect_contiguous_rows(name, t)
     if not scale > 0:
         raise ValueError(f"scale is {scale}: expected a positive number")
 
@@ -205,4 +183,4 @@ def _check_scales(
         if k_cache.dtype not in FP8_DTYPES:
             raise ValueError(f"{name} is only for a float8 cache, this one is {k_cache.dtype}")
         if t.dtype != torch.float32 or t.numel() != 1 or t.device != device:
-            raise ValueError(f"{name} is {_describe(t)}, expected one float32 on {device}")
+            raise ValueError(f"{name} is {describe(t)}, expected one float32 on {device}")

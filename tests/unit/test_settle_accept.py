@@ -1,0 +1,281 @@
+"""Settling and the accepting walk: the eager twins here, the Triton kernels in the interpreter.
+
+What could go wrong in settling: a row overwritten before it was read, rows of other requests or
+behind the path touched, a block boundary inside the tree, strides of another layout, words wider
+than a row is aligned to, a layer's distance to the first. So the whole backing buffer is compared
+byte by byte with a copy in which the rows were moved one at a time from a snapshot. In the walk:
+ragged rows, equal tokens that are no siblings, drafts marked as never acceptable, ends at a leaf,
+the 64th node. There the oracle is ``vllm_msd.tree.accept``, which works on whole tensors.
+
+The interpreter must be on before Triton is imported, so this file runs itself a second time in a
+process of its own, where the same calls take the kernels.
+"""
+
+import os
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.common.tree_batches import chain, random_tree, star
+from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
+from vllm_msd.tree import DraftTree
+from vllm_msd.tree import accept as accept_by_tensors
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LAYOUTS = {  # physical order of layer, block, head, slot, content
+    "layer, block, head, slot": (0, 1, 2, 3, 4),
+    "layer, block, slot, head": (0, 1, 3, 2, 4),
+    "block, layer, head, slot": (1, 0, 2, 3, 4),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+
+
+def layer_views(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: torch.Generator
+) -> tuple[Tensor, list[Tensor]]:
+    """A buffer of random bytes, and ``[blocks, slots, heads, content]`` views of its layers.
+
+    ``shape`` is (layers, blocks, heads, slots, content).
+    """
+    order = LAYOUTS[layout]
+    size = prod(shape) * dtype.itemsize
+    backing = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    physical = backing.view(dtype).view([shape[i] for i in order])
+    logical = physical.permute([order.index(i) for i in range(5)])
+    return backing, [layer.transpose(1, 2) for layer in logical]
+
+
+def random_path(nodes: int, generator: torch.Generator) -> list[int]:
+    """The root and a random increasing choice of the others."""
+    keep = torch.rand(nodes, generator=generator) < 0.4
+    return [0] + [j for j in range(1, nodes) if keep[j]]
+
+
+def moved_one_by_one(
+    views: list[Tensor], table: Tensor, roots: list[int], paths: list[list[int]]
+) -> None:
+    block_size = views[0].shape[1]
+    for view in views:
+        before = view.clone()
+        for request, (root, path) in enumerate(zip(roots, paths, strict=True)):
+            for i, node in enumerate(path if root >= 0 else []):
+                to, come_from = divmod(root + i, block_size), divmod(root + node, block_size)
+                view[table[request, to[0]], to[1]] = before[
+                    table[request, come_from[0]], come_from[1]
+                ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "heads", "width", "block_size"),
+    [
+        (torch.bfloat16, 2, 128, 16),
+        (torch.float16, 3, 160, 48),  # head size 80
+        (torch.float32, 1, 64, 5),
+        (torch.float8_e4m3fn, 5, 256, 16),
+        (torch.float8_e5m2, 2, 3, 16),  # rows that no wider word divides
+    ],
+)
+def test_settle_moves_the_path_and_nothing_else(layout, dtype, heads, width, block_size):
+    generator = torch.Generator().manual_seed(heads + width)
+    trees = [64, 1, 20, 7, 33]
+    roots = [3, 30, block_size - 1, 11, -1]
+    blocks = [-(-(max(r, 0) + n) // block_size) for r, n in zip(roots, trees, strict=True)]
+    shape = (3, sum(blocks) + 1, heads, block_size, width)
+    backing, views = layer_views(shape, dtype, layout, generator)
+    views = [views[2], views[0]]  # backwards, and one layer that is nobody's business
+    order = torch.randperm(sum(blocks), generator=generator).split(blocks)
+    table = torch.full((len(trees), max(blocks)), 2**30, dtype=torch.int32)  # out of bounds
+    paths = [random_path(n, generator) for n in trees]
+    nodes = torch.full((len(trees), 64), -1)
+    for i, (own, path) in enumerate(zip(order, paths, strict=True)):
+        table[i, : len(own)] = own
+        nodes[i, : len(path)] = torch.tensor(path)
+
+    original = backing.clone()
+    moved_one_by_one(views, table, roots, paths)
+    expected = backing.clone()
+    assert not torch.equal(expected, original)
+    backing.copy_(original)
+    caches = LayerCaches.of(views)
+    starts = torch.tensor(roots, dtype=torch.int32)
+    settle(caches, table, starts, nodes)
+    assert torch.equal(backing, expected)
+    settle(caches, table, torch.full_like(starts, -1), nodes)
+    assert torch.equal(backing, expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "nodes"), [([0, 1, 2, 3], 8), ([0, 7], 8), ([0, 2, 3, 4, 5, 6, 7], 8), ([0], 1)]
+)
+def test_settle_short_paths(path, nodes):
+    """Nothing to move; one far row; every row one slot down, each onto its predecessor."""
+    cache = torch.arange(40.0).view(5, 4, 1, 2)
+    rows = cache.view(20, 2).clone()
+    table = torch.arange(5, dtype=torch.int32)[None]
+    padded = torch.tensor([path + [-1] * (nodes - len(path))])
+    settle(LayerCaches.of([cache]), table, torch.tensor([6], dtype=torch.int32), padded)
+    rows[6 : 6 + len(path)] = rows[[6 + node for node in path]]
+    assert torch.equal(cache.view(20, 2), rows)
+
+
+def test_separate_key_and_value_caches_are_two_caches():
+    key, value = torch.randn(2, 3, 4, 2, 8)
+    expected = torch.stack([key, value]).flatten(1, 2)
+    expected[:, 3] = expected[:, 5]
+    start, nodes = torch.tensor([2], dtype=torch.int32), torch.tensor([[0, 3, -1, -1]])
+    settle(LayerCaches.of([key, value]), torch.arange(3, dtype=torch.int32)[None], start, nodes)
+    assert torch.equal(torch.stack([key, value]).flatten(1, 2), expected)
+
+
+def test_caches_that_do_not_belong_together_are_refused():
+    cache = torch.zeros(4, 16, 2, 64)
+    with pytest.raises(ValueError, match="at least one"):
+        LayerCaches.of([])
+    with pytest.raises(ValueError, match="given twice"):
+        LayerCaches.of([cache, cache])
+    with pytest.raises(ValueError, match=r"cache 1 is torch\.float16"):
+        LayerCaches.of([cache, cache.half()])
+    with pytest.raises(ValueError, match="cache 1 is"):
+        LayerCaches.of([cache, torch.zeros(4, 2, 16, 64).transpose(1, 2)])
+    with pytest.raises(ValueError, match="cache 0 has stride"):
+        LayerCaches.of([cache.transpose(2, 3)])
+
+
+def test_settle_refuses_what_does_not_fit():
+    caches = LayerCaches.of([torch.zeros(4, 16, 2, 64)])
+    good = [torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)]
+    good.append(torch.zeros(2, 6, dtype=torch.int64))
+    for i, (bad, message) in enumerate(
+        [
+            (good[0][0], "block_table is"),
+            (good[1].long(), "tree_start is torch.int64"),
+            (good[2].int(), "nodes is torch.int32"),
+        ]
+    ):
+        with pytest.raises(ValueError, match=message):
+            settle(caches, *good[:i], bad, *good[i + 1 :])
+
+
+def random_forest(sizes: list[int], nodes: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens, parents, drawn [R, nodes], sizes [R]: few tokens, distinct among siblings.
+
+    Half of the draws are a child's token, so walks of all lengths happen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 5, (len(sizes), nodes), generator=generator)
+    parents = torch.zeros(len(sizes), nodes, dtype=torch.int64)
+    drawn = torch.randint(0, 5, (len(sizes), nodes), generator=generator)
+    for i, size in enumerate(sizes):
+        shapes = [random_tree(max(size, 1), generator), chain(max(size, 1)), star(max(size, 1))]
+        parent = shapes[i % 4 % 3]
+        parents[i, : len(parent)] = torch.tensor(parent)
+        parents[i, 0] = -1
+        for node in range(size):
+            children = [j for j in range(node + 1, size) if parent[j] == node]
+            for rank, child in enumerate(children):
+                tokens[i, child] = rank
+            if children and torch.rand((), generator=generator) < 0.5:
+                pick = int(torch.randint(len(children), (), generator=generator))
+                drawn[i, node] = tokens[i, children[pick]]
+    return tokens, parents, drawn, torch.tensor(sizes)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5, 9, 33, 63, 64])
+def test_accept_equals_the_definition_on_whole_tensors(nodes):
+    generator = torch.Generator().manual_seed(nodes)
+    sizes = torch.randint(1, nodes + 1, (24,), generator=generator).tolist()
+    sizes[0] = nodes
+    tokens, parents, drawn, counts = random_forest(sizes, nodes, seed=nodes)
+    expected = accept_by_tensors(
+        DraftTree.from_parents(tokens, parents, check=False), drawn, counts
+    )
+    real = torch.arange(nodes) < counts[:, None]
+    starts = torch.tensor([0, *counts.cumsum(0)], dtype=torch.int32)
+    parents[~real] = 77  # behind a request's rows stands anything
+    result = accept(drawn[real], tokens[real].int(), parents, starts)
+    assert torch.equal(result.lengths, expected.lengths)
+    assert torch.equal(result.nodes, expected.nodes)
+    assert torch.equal(result.tokens, expected.tokens)
+    assert nodes == 1 or result.lengths.max() > 0
+
+
+def test_accept_the_drawn_example():
+    """The batch in accept's docstring; letters are tokens."""
+    drawn = torch.tensor([ord(c) for c in "bxexxyzfgh"])
+    tokens = torch.tensor([ord(c) for c in ".abcde..fg"])
+    parents = torch.tensor(
+        [[-1, 0, 0, 1, 1, 2], [-1, 0, 0, 0, 0, 0], [-1, 0, 1, 0, 0, 0]], dtype=torch.int32
+    )
+    starts = torch.tensor([0, 6, 7, 10], dtype=torch.int32)
+    out = AcceptedPaths(*(torch.full(s, 9, dtype=torch.int32) for s in ((3,), (3, 6), (3, 6))))
+    assert accept(drawn, tokens, parents, starts, out=out) is out
+    assert out.lengths.tolist() == [2, 0, 2]
+    assert out.nodes.tolist() == [[0, 2, 5, -1, -1, -1], [0] + [-1] * 5, [0, 1, 2, -1, -1, -1]]
+    texts = ["".join(chr(t) for t in row if t >= 0) for row in out.tokens.tolist()]
+    assert texts == ["bey", "z", "fgh"]
+
+
+def test_accept_without_rows_or_with_marked_drafts():
+    """-1 marks a draft nobody may accept; a request without rows emits nothing."""
+    parents = torch.tensor([[-1, 0, 1], [-1, 0, 0]])
+    starts = torch.tensor([0, 3, 3])
+    result = accept(torch.tensor([4, 5, 6]), torch.tensor([4, -1, -1]), parents, starts)
+    assert result.lengths.tolist() == [0, 0]
+    assert result.nodes.tolist() == [[0, -1, -1], [-1, -1, -1]]
+    assert result.tokens.tolist() == [[4, -1, -1], [-1, -1, -1]]
+
+
+def test_accept_refuses_what_does_not_fit():
+    rows, parents = torch.zeros(5, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
+    starts = torch.tensor([0, 3, 5])
+    with pytest.raises(ValueError, match="parents is"):
+        accept(rows, rows, parents[0], starts)
+    with pytest.raises(ValueError, match=r"tokens is torch.int64 \[4\]"):
+        accept(rows, rows[:4], parents, starts)
+    with pytest.raises(ValueError, match=r"row_start is torch.int64 \[2\]"):
+        accept(rows, rows, parents, starts[:2])
+    with pytest.raises(ValueError, match=r"drawn is torch\.float32"):
+        accept(rows.float(), rows, parents, starts)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the launch is looked at with the interpreter on")
+def test_the_launches_read_no_tensor(monkeypatch):
+    """Meta tensors have no contents: anything decided by a node or a length would raise."""
+    from vllm_msd.kernels.accept import triton_kernel as accept_code
+    from vllm_msd.kernels.settle import triton_kernel as settle_code
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: grids.append(grid)
+
+    monkeypatch.setattr(settle_code, "settle_kernel", Recorder())
+    monkeypatch.setattr(accept_code, "accept_kernel", Recorder())
+    cache = torch.zeros(40, 16, 32, 256, dtype=torch.bfloat16, device="meta")
+    offsets = torch.zeros(2, dtype=torch.int64, device="meta")
+    caches = LayerCaches((cache, cache), cache.view(torch.int64), offsets, 2)
+    table = torch.zeros(3, 9, dtype=torch.int32, device="meta")
+    nodes = torch.zeros(3, 64, dtype=torch.int64, device="meta")
+    settle(caches, table, table[:, 0].contiguous(), nodes)
+    rows = torch.zeros(100, dtype=torch.int64, device="meta")
+    accept(rows, rows, nodes, rows[:4])
+    assert grids == [(4, 2, 3), (3,)]
