@@ -41,6 +41,14 @@ KEYS = frozenset(
 # Ours: how deep and wide the tree is that num_speculative_tokens nodes are chosen from.
 TREE_KEYS = ("tree_depth", "tree_top_k")
 
+# Settings of the engine that only chains go with, and why.
+_NOT_WITH_TREES = {
+    "kv_transfer_config": "rows may be sent away before the tree is settled",
+    "logits_processors": "a processor of your own may read the rows before its own as its past",
+    "watermark_config": "a watermark depends on the tokens of the rows before",
+    "enable_batch_sharded_sampling": "a tree is sampled and walked on one rank",
+}
+
 # Loaders that read whole files of a target's own kind; the draft's checkpoint has none of them.
 _TARGET_ONLY_LOADERS = frozenset(
     {"bitsandbytes", "gguf", "mistral", "runai_streamer_sharded", "sharded_state", "tensorizer"}
@@ -160,22 +168,24 @@ def _check_tree(
             "this target's attention has a sliding window, which counts rows; a tree's rows are "
             f"not its positions. {chain}"
         )
-    if engine_args.kv_transfer_config is not None:
-        raise ConfigError(
-            "kv_transfer_config does not work with a draft tree: rows may be sent away before they "
-            f"are settled. {chain}"
-        )
+    for name, reason in _NOT_WITH_TREES.items():
+        if getattr(engine_args, name):
+            raise ConfigError(f"{name} does not work with a draft tree: {reason}. {chain}")
     if parallel.data_parallel_size > 1:
         raise ConfigError(
             f"data_parallel_size={parallel.data_parallel_size} does not work with a draft tree. "
             "Start one server for each replica instead, or draft a chain: set tree_top_k to 1."
         )
-    rows, limit = tree.num_nodes + 1, engine_args.max_num_batched_tokens
-    if limit is not None and limit < rows:
-        raise ConfigError(
-            f"max_num_batched_tokens={limit}: expected at least {rows}, the rows of one tree "
-            "(num_speculative_tokens and the token before them)."
-        )
+    limit = engine_args.max_num_batched_tokens
+    for rows, what in (
+        (tree.num_nodes + 1, "the rows of one tree: num_speculative_tokens and the token before"),
+        ((engine_args.max_num_seqs or 0) * tree.top_k, "max_num_seqs times tree_top_k, one level"),
+    ):
+        if limit is not None and limit < rows:
+            raise ConfigError(
+                f"max_num_batched_tokens={limit}: expected at least {rows} with this draft tree "
+                f"({what})."
+            )
 
 
 def _check_target_family(target: ModelConfig) -> None:
