@@ -173,7 +173,10 @@ def test_bad_requests_are_refused_as_the_clients_mistake(outcomes, case):
 def test_drafts_were_accepted_and_rejected(msd_server, outcomes):
     metrics = msd_server.metrics()
     accepted = metrics["vllm:spec_decode_num_accepted_tokens_total"]
-    assert 0 < accepted < metrics["vllm:spec_decode_num_draft_tokens_total"]
+    verified = metrics["vllm:spec_decode_num_draft_tokens_total"]
+    assert 0 < accepted < verified <= metrics["vllm:msd_drafted_nodes_total"]
+    assert metrics["vllm:msd_accepted_tokens_per_depth_total"] == accepted
+    assert metrics["vllm:msd_verifications_total"] == metrics["vllm:spec_decode_num_drafts_total"]
 
 
 def test_answers_after_the_storm_are_the_same(msd_server, outcomes, questions, plain_texts):

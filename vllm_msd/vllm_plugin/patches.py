@@ -68,6 +68,22 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="v2-speculator",
+        target="vllm.v1.worker.gpu.spec_decode:init_speculator",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("vllm_config", "device", "req_states")),
+        make="vllm_msd.vllm_plugin.worker_hook:wrap_init_speculator",
+        what="Gives Model Runner V2 the speculator that drafts trees, where an engine has them.",
+        why="vLLM drafts and verifies chains; which speculator it builds is a closed list.",
+        remove_when="vLLM lets a plugin register a speculator.",
+        used_as=(
+            (
+                "vllm.v1.worker.gpu.model_runner",
+                "from vllm.v1.worker.gpu.spec_decode import init_speculator",
+            ),
+            ("vllm.v1.worker.gpu.model_runner", "self.speculator = init_speculator("),
+        ),
+    ),
+    Patch(
         name="cpu-sampling",
         target="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
         parameters=dict.fromkeys(
@@ -116,6 +132,29 @@ PATCHES: tuple[Patch, ...] = (
         why="The draft reads one row ahead, and vLLM 0.32 waits forever for both of two adjacent "
         "images when the encoder cache holds only one.",
         remove_when="Support for vLLM 0.32 ends; 0.33 schedules without the look-ahead.",
+    ),
+    Patch(
+        name="tree-series",
+        target="vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
+        parameters=dict.fromkeys(
+            SUPPORTED_VERSIONS,
+            ("self", "speculative_config", "labelnames", "per_engine_labelvalues", "is_diffusion"),
+        ),
+        make="vllm_msd.vllm_plugin.metrics:wrap_init",
+        what="Adds Prometheus series about trees to an MSD engine's: `vllm:msd_...`.",
+        why="vLLM's official stat logger plugins are left out offline, and turn statistics on for "
+        "engines that have them off and may not speculate at all.",
+        remove_when="vLLM lets a plugin add series to an engine's own.",
+    ),
+    Patch(
+        name="tree-series-step",
+        target="vllm.v1.spec_decode.metrics:SpecDecodingProm.observe",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "spec_decoding_stats", "engine_idx")),
+        make="vllm_msd.vllm_plugin.metrics:wrap_observe",
+        what="Counts a step's verifications in the series about trees.",
+        why="As above: these are the figures of the step.",
+        remove_when="As above.",
+        used_as=(("vllm.v1.metrics.loggers", "self.spec_decoding_prom.observe("),),
     ),
 )
 
