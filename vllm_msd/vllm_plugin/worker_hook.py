@@ -1,13 +1,18 @@
-"""Gives a worker of an MSD engine its drafter, once the worker has built its model runner.
+"""Gives a worker of an MSD engine its drafter, or the runner that drafts trees.
 
 Model Runner V1 only: Model Runner V2 drives an MSD draft as it is. The runner has built vLLM's
 EAGLE drafter by then and loaded no weights yet, so the drafter is simply replaced by our subclass
-of it; engines in the same process that speculate otherwise are not touched.
+of it. For draft trees the whole runner is ours. Engines in the same process that speculate
+otherwise are not touched.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from vllm_msd.errors import ConfigError
+from vllm_msd.vllm_plugin.trees.settings import wants_trees
 
 
 def is_msd(vllm_config: Any) -> bool:
@@ -22,14 +27,65 @@ def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def init_device(self: Any) -> None:
-        original(self)
-        if is_msd(self.vllm_config) and not self.vllm_config.use_v2_model_runner:
-            from vllm.config import set_current_vllm_config
-
-            from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
-
-            runner = self.worker.model_runner
-            with set_current_vllm_config(self.vllm_config):
-                runner.drafter = MSDProposer(self.vllm_config, runner.device, runner)
+        if not is_msd(self.vllm_config) or self.vllm_config.use_v2_model_runner:
+            original(self)
+        elif wants_trees(self.vllm_config):
+            with _tree_runner():
+                original(self)
+        else:
+            original(self)
+            _set_drafter(self.worker.model_runner, self.vllm_config)
 
     return init_device
+
+
+def _set_drafter(runner: Any, vllm_config: Any) -> None:
+    """Give a runner of vLLM's own the drafter of chains."""
+    from vllm.config import set_current_vllm_config
+
+    from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
+
+    with set_current_vllm_config(vllm_config):
+        runner.drafter = MSDProposer(vllm_config, runner.device, runner)
+
+
+@contextmanager
+def _tree_runner() -> Iterator[None]:
+    """Workers made meanwhile build our runner for trees.
+
+    Raises:
+        ConfigError: not on the CPU.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            "MSD's draft trees need Model Runner V2 on this device. Unset "
+            "VLLM_USE_V2_MODEL_RUNNER, or draft a chain: set tree_top_k to 1."
+        )
+    from vllm.v1.worker import cpu_worker
+
+    from vllm_msd.vllm_plugin.trees import cpu_attention
+    from vllm_msd.vllm_plugin.trees.runner_v1 import TreeModelRunner
+
+    cpu_attention.register()
+    before = cpu_worker.CPUModelRunner
+    cpu_worker.CPUModelRunner = TreeModelRunner
+    try:
+        yield
+    finally:
+        cpu_worker.CPUModelRunner = before
+
+
+def wrap_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replacement of ``vllm.v1.worker.gpu.spec_decode.init_speculator`` (Model Runner V2)."""
+
+    @functools.wraps(original)
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if not wants_trees(vllm_config):
+            return original(vllm_config, device, req_states)
+        from vllm_msd.vllm_plugin.trees.speculator_v2 import TreeSpeculator
+
+        return TreeSpeculator(vllm_config, device)
+
+    return init_speculator

@@ -1,0 +1,198 @@
+"""Model Runner V1's drafter for MSD trees: the chain drafter's prefill, then levels of a tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.utils import compute_new_slot_mapping
+
+from vllm_msd.tree import DraftTree, grow_tree
+from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
+from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
+from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
+from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+from vllm_msd.vllm_plugin.trees.settings import tree_config
+
+
+class TreeProposer(MSDProposer):
+    """Drafts trees with an MSD draft under Model Runner V1.
+
+    Attributes:
+        drafted: tokens and parents of the trees drafted last, ``[R, N + 1]`` int64 each.
+        as_chain: ``[R]`` bool, which requests of the batch need chains; set before `propose`.
+    """
+
+    drafted: tuple[Tensor, Tensor]
+    as_chain: Tensor
+
+    def __init__(self, vllm_config, device, runner=None) -> None:
+        check_overrides(TreeProposer)
+        super().__init__(vllm_config, device, runner)
+        self.shape = tree_config(vllm_config).shape
+        # The base class only runs the draft's prefill; this is also its number of warm-up passes.
+        self.num_speculative_tokens = 1
+        self._last_hidden: Tensor | None = None
+
+    @override
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        next_token_ids: Tensor,
+        token_indices_to_sample: Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: tuple[list[Tensor], Tensor] | None = None,
+        num_rejected_tokens_gpu: Tensor | None = None,
+        slot_mappings: dict[str, Tensor] | list[dict[str, Tensor]] | None = None,
+    ) -> Tensor:
+        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``."""
+        super().propose(
+            1,
+            target_token_ids,
+            target_positions,
+            target_hidden_states,
+            next_token_ids,
+            token_indices_to_sample,
+            common_attn_metadata,
+            sampling_metadata,
+            mm_embed_inputs,
+            num_rejected_tokens_gpu,
+            slot_mappings,
+        )
+        if token_indices_to_sample is None:
+            token_indices_to_sample = common_attn_metadata.query_start_loc[1:] - 1
+        first_slots = self.positions[token_indices_to_sample] + 1
+        # Each level puts top_k rows of every request into buffers of max_num_tokens rows.
+        at_once = self.max_num_tokens // self.shape.top_k
+        trees = [
+            self._grow(
+                next_token_ids[part], first_slots[part], self._last_hidden[part],
+                common_attn_metadata.block_table_tensor[part],
+            )
+            for part in (
+                slice(i, i + at_once) for i in range(0, len(next_token_ids), at_once)
+            )
+        ]  # fmt: skip
+        tokens = torch.cat([tree.tokens for tree in trees])
+        parents = torch.cat([tree.parents for tree in trees])
+        if self.as_chain.any():
+            tokens, parents = lay_out_chains(tokens, parents, self.as_chain)
+        self.drafted = (tokens, parents)
+        return tokens[:, 1 : num_speculative_tokens + 1]
+
+    @override
+    def _sample_draft_tokens(
+        self, hidden_states: Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keep the prefill's last rows ``[R, H]``, from which the trees grow."""
+        self._last_hidden = hidden_states
+        return hidden_states.new_zeros(len(hidden_states), dtype=torch.int64), None
+
+    def _grow(
+        self, root_tokens: Tensor, first_slots: Tensor, hidden: Tensor, block_table: Tensor
+    ) -> DraftTree:
+        """Grow the trees of B requests.
+
+        Args:
+            root_tokens: ``[B]`` int32 the sampled tokens.
+            first_slots: ``[B]`` int64 position behind each request's last valid row.
+            hidden: ``[B, H]`` the draft's output of that row.
+            block_table: ``[B, blocks]`` int32 of the draft's cache.
+        """
+        k = self.shape.top_k
+        batch, num_rows = len(root_tokens), len(root_tokens) * k
+        own_row = torch.arange(k, device=self.device)
+        query_start = self.arange[: batch + 1] * k
+        tree_rows: TreeRows | None = None
+
+        def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
+            nonlocal tree_rows
+            bit = torch.arange(visible.shape[-1], device=self.device)
+            ancestors = (visible.long() << bit).sum(-1).flatten()
+            if tree_rows is None:
+                tree_rows = TreeRows(first_slots.int(), ancestors, is_draft=True)
+            else:
+                tree_rows = tree_rows.next_level(ancestors)
+            slots = (first_slots + level * k)[:, None] + own_row
+            attention = CommonAttentionMetadata(
+                query_start_loc=query_start,
+                query_start_loc_cpu=query_start.cpu(),
+                seq_lens=(slots[:, -1] + 1).int(),
+                num_reqs=batch,
+                num_actual_tokens=num_rows,
+                max_query_len=k,
+                max_seq_len=self.max_model_len,
+                block_table_tensor=block_table,
+                slot_mapping=first_slots,  # replaced below: the helper wants the record first
+            )
+            attention.slot_mapping = compute_new_slot_mapping(
+                attention,
+                slots.flatten(),
+                torch.zeros(num_rows, dtype=torch.bool, device=self.device),
+                self.block_size,
+                0,
+                self.max_model_len,
+            )
+            positions = (first_slots + level).clamp(max=self.max_model_len - 1)
+            out = self._run_level(
+                tokens.flatten(),
+                hidden.flatten(0, 1),
+                positions.repeat_interleave(k),
+                attention,
+                tree_rows,
+            )
+            logits = self.model.compute_logits(out)
+            return logits.unflatten(0, (batch, k)), out.unflatten(0, (batch, k))
+
+        logits = self.model.compute_logits(hidden)
+        return grow_tree(root_tokens.long(), logits, hidden, expand, self.shape)
+
+    def _run_level(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        attention: CommonAttentionMetadata,
+        tree_rows: TreeRows,
+    ) -> Tensor:
+        """Run the draft on one level's rows: ``[rows]``, ``[rows, H]`` and ``[rows]`` to
+        ``[rows, H]``."""
+        num_rows = len(tokens)
+        mode, num_input_rows, num_rows_across_dp = self._determine_batch_execution_and_padding(
+            num_rows
+        )
+        _, layers = self.build_per_group_and_layer_attn_metadata(attention, draft_index=1)
+        attach(layers, tree_rows)
+        self.input_ids[:num_rows] = tokens
+        self.hidden_states[:num_rows] = hidden
+        self.positions[:num_rows] = positions
+        inputs: dict[str, Any] = {
+            "input_ids": self.input_ids[:num_input_rows],
+            "positions": self.positions[:num_input_rows],
+            "hidden_states": self.hidden_states[:num_input_rows],
+            "inputs_embeds": None,
+        }
+        if self.supports_mm_inputs:
+            # Without images: every drafted row is text.
+            self.inputs_embeds[:num_rows] = self.model.embed_input_ids(self.input_ids[:num_rows])
+            inputs["input_ids"] = None
+            inputs["inputs_embeds"] = self.inputs_embeds[:num_input_rows]
+        with set_forward_context(
+            layers,
+            self.vllm_config,
+            num_tokens=num_input_rows,
+            num_tokens_across_dp=num_rows_across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=self._get_slot_mapping(num_input_rows, attention.slot_mapping),
+        ):
+            out, _ = self.model(**inputs)
+        return out[:num_rows]

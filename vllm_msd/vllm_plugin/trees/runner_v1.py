@@ -1,0 +1,165 @@
+"""Model Runner V1 with draft trees, on the CPU.
+
+A step keeps its linear KV slots; a tree changes the rotary positions, the attention and the
+acceptance. After acceptance the rows of the accepted path are moved to the front of the tree's
+rows. From there on vLLM sees an ordinary chain with rejected rows behind it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from vllm_msd.tree import settle_index
+from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
+from vllm_msd.vllm_plugin.trees.constrained import needs_chain
+from vllm_msd.vllm_plugin.trees.cpu_attention import settle_cpu
+from vllm_msd.vllm_plugin.trees.cpu_scratch import bind_scratch, scratch_blocks, with_scratch
+from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+from vllm_msd.vllm_plugin.trees.proposer_v1 import TreeProposer
+from vllm_msd.vllm_plugin.trees.sampler_v1 import TreeRejectionSampler
+from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
+
+
+class TreeModelRunner(CPUModelRunner):
+    """Verifies and drafts trees where the base class verifies and drafts chains.
+
+    Order of a step: `_prepare_inputs` takes one snapshot of its trees, which everything after it
+    reads; `_build_attention_metadata`; the forward pass; `_sample` accepts and settles; then
+    `propose_draft_token_ids` drafts the next trees.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_overrides(TreeModelRunner)
+        super().__init__(vllm_config, device)
+        self.drafter = TreeProposer(vllm_config, device, self)
+        self.rejection_sampler = TreeRejectionSampler(
+            self.sampler, vllm_config.speculative_config, device
+        )
+        # Tokens and parents drafted last for each request: by its id, as rows of a batch move.
+        self.drafted: dict[str, tuple[Tensor, Tensor]] = {}
+        self.step: StepTrees | None = None
+        self.tree_rows: TreeRows | None = None
+        self.settled_rows: Tensor | None = None
+
+    @override
+    def initialize_kv_cache_tensors(
+        self,
+        kv_cache_config: KVCacheConfig,
+        kernel_block_sizes: list[int],
+        kv_cache_allocation_context: AbstractContextManager | None = None,
+    ) -> dict[str, Tensor]:
+        """As the base class, with scratch blocks for tree attention behind the cache."""
+        caches = super().initialize_kv_cache_tensors(
+            with_scratch(kv_cache_config, scratch_blocks(self.vllm_config)),
+            kernel_block_sizes,
+            kv_cache_allocation_context,
+        )
+        bind_scratch(kv_cache_config, self.compilation_config.static_forward_context)
+        return caches
+
+    @override
+    def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
+        """Forget the request's tree."""
+        super()._on_request_state_removed(req_id, req_state)
+        self.drafted.pop(req_id, None)
+
+    @override
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[Tensor, SpecDecodeMetadata | None, int]:
+        """As the base class; then take the step's trees and write rotary positions.
+
+        The base class has computed the KV slots from the linear positions by then.
+        """
+        result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self.step = self.tree_rows = self.settled_rows = None
+        metadata = result[1]
+        if metadata is not None and metadata.max_spec_len > 0:
+            drafted = [self.drafted.get(req_id) for req_id in self.input_batch.req_ids]
+            self.step = StepTrees.build(metadata, drafted)
+            if self.step.has_trees:
+                self._rotary_positions()[..., self.step.rows] += self.step.rotary_offsets()
+        self.rejection_sampler.step = self.step
+        return result
+
+    def _rotary_positions(self) -> Tensor:
+        """What the target rotates by: ``[rows]``, or ``[axes, rows]`` under M-RoPE."""
+        return self.mrope_positions.gpu if self.uses_mrope else self.positions
+
+    @override
+    def _build_attention_metadata(
+        self, num_tokens: int, num_reqs: int, max_query_len: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As the base class; the step's trees go to the attention backend with the metadata."""
+        result = super()._build_attention_metadata(
+            num_tokens, num_reqs, max_query_len, *args, **kwargs
+        )
+        step = self.step
+        if step is not None and step.has_trees:
+            starts = torch.where(step.is_tree, self.seq_lens[:num_reqs] - step.num_nodes, -1)
+            ancestors = torch.zeros(num_tokens, dtype=torch.int64)
+            ancestors[step.rows] = step.in_node_order(step.tree.ancestors)
+            self.tree_rows = TreeRows(starts.int(), ancestors, is_draft=False)
+            attach(result[0], self.tree_rows)
+        return result
+
+    @override
+    def _sample(
+        self, logits: Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        """As the base class; then settle the trees: KV cache, token ids and positions."""
+        output = super()._sample(logits, spec_decode_metadata)
+        step = self.step
+        if step is not None and step.has_trees:
+            nodes = self.rejection_sampler.acceptance.nodes
+            settle_cpu(self.tree_rows, nodes, step.root_rows)
+            num_rows = len(self.tree_rows.ancestors)
+            self.settled_rows = settle_index(step.root_rows, nodes, num_rows)
+            input_ids = self.input_ids.gpu[:num_rows]
+            input_ids.copy_(input_ids[self.settled_rows])
+            self._rotary_positions()[..., step.rows] -= step.rotary_offsets()
+            self.tree_rows = None  # the attention backend keeps copies of keys and values on it
+        return output
+
+    @override
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: Tensor | list[list[int]],
+        sampling_metadata: SamplingMetadata,
+        hidden_states: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | list[list[int]]:
+        """As the base class, from settled hidden states; remembers the trees."""
+        if self.settled_rows is not None:
+            hidden_states = hidden_states[self.settled_rows]
+        req_ids = self.input_batch.req_ids
+        self.drafter.as_chain = torch.tensor([self._needs_chain(req_id) for req_id in req_ids])
+        tokens = super().propose_draft_token_ids(
+            scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *args, **kwargs
+        )
+        trees = zip(*self.drafter.drafted, strict=True)
+        self.drafted.update(zip(req_ids, trees, strict=True))
+        return tokens
+
+    def _needs_chain(self, req_id: str) -> bool:
+        """Whether the logits of this request depend on the drafted rows before them."""
+        request = self.requests[req_id]
+        params = request.sampling_params
+        # vLLM counts drafted rows, not depths, to find out when min_tokens is reached.
+        return needs_chain(params) or len(request.output_token_ids) < params.min_tokens
