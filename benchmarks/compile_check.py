@@ -1,4 +1,4 @@
-"""Compile the tree attention kernels for sm_80 and sm_90 and record what the code needs; no GPU.
+"""Compile the kernels for sm_80 and sm_90 and record what the code needs; no GPU.
 
 Triton's wheel brings NVIDIA's assembler, so real machine code can be made and looked at anywhere:
 registers per thread, spilled bytes, shared memory per block. Exits with 1 if a kernel spills or
@@ -25,6 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_msd.kernels.accept.triton_kernel import accept_kernel
+from vllm_msd.kernels.settle.api import PROGRAM_BYTES
+from vllm_msd.kernels.settle.triton_kernel import settle_kernel
 from vllm_msd.kernels.tree_attention.launch import LaunchConfig, choose_config, power_of_two
 from vllm_msd.kernels.tree_attention.triton_kernel import (
     merge_splits_kernel,
@@ -126,6 +129,40 @@ def compile_merge(arch: int, head_size: int, splits: int) -> dict:
     return build(merge_splits_kernel, signature, constants, arch, LaunchConfig(16, 16, 4, 1))
 
 
+def compile_settle(arch: int, row_words: int, word: str = "i64") -> dict:
+    """Rows of ``row_words`` words a head; 16-byte aligned, as vLLM's caches are."""
+    size = int(word[1:]) // 8
+    constants = {
+        "WIDTH": row_words,
+        "BLOCK_SIZE": 16,
+        "COLUMNS": PROGRAM_BYTES // size,
+        "NODES": 64,
+        "ALIGN": max(1, 16 // size),
+    }
+    signature = {
+        name: f"*{word}"
+        if name == "words_ptr"
+        else "*i64"
+        if name in ("offsets_ptr", "nodes_ptr")
+        else "*i32"
+        if name.endswith("_ptr")
+        else "constexpr"
+        if name in constants
+        else "i32"
+        for name in settle_kernel.arg_names
+    }
+    return build(settle_kernel, signature, constants, arch, LaunchConfig(16, 16, 4, 1))
+
+
+def compile_accept(arch: int) -> dict:
+    integers = {"tokens_ptr": "*i32", "row_start_ptr": "*i32", "NODES": "constexpr"}
+    signature = {
+        name: integers.get(name, "*i64" if name.endswith("_ptr") else "i32")
+        for name in accept_kernel.arg_names
+    }
+    return build(accept_kernel, signature, {"NODES": 64}, arch, LaunchConfig(16, 16, 1, 1))
+
+
 def build(
     kernel: triton.JITFunction, signature: dict, constants: dict, arch: int, config: LaunchConfig
 ) -> dict:
@@ -133,7 +170,8 @@ def build(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if (name.endswith("_ptr") or name.startswith("stride_")) and name not in constants
+        if name.endswith("_ptr") or name.startswith("stride_") or name == "num_columns"
+        if name not in constants
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
@@ -153,12 +191,13 @@ def build(
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": "wgmma" if "wgmma." in ptx else "mma" if "mma.sync" in ptx else "none",
         "async_copies": ptx.count("cp.async.c"),
+        "wide_accesses": len(re.findall(r"(?:ld|st)\.global\S*\.v(?:2\.b64|4\.b32)", ptx)),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="four cases instead of all")
+    parser.add_argument("--quick", action="store_true", help="a few cases instead of all")
     parser.add_argument("--out", type=Path, help="where to write the JSON record")
     args = parser.parse_args(argv)
 
@@ -170,6 +209,12 @@ def main(argv: list[str] | None = None) -> int:
         for head_size in (128,) if args.quick else (64, 80, 96, 128, 256):
             figures = compile_merge(arch, head_size, 32)
             rows.append({"kernel": "merge", "arch": arch, "head_size": head_size, **figures})
+    for arch in (80, 90):
+        # Head sizes 128 and 80 in half types, and rows no wide word divides.
+        for row_words, word in ((64, "i64"), (40, "i64"), (3, "i8"))[: 1 if args.quick else None]:
+            figures = compile_settle(arch, row_words, word)
+            rows.append({"kernel": "settle", "arch": arch, "row": f"{row_words} {word}", **figures})
+        rows.append({"kernel": "accept", "arch": arch, **compile_accept(arch)})
     for row in rows:
         row["fits"] = not row["spilled_bytes"] and row["shared_bytes"] <= SHARED_LIMIT[row["arch"]]
         bad += not row["fits"]
