@@ -56,14 +56,20 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
         make="vllm_msd.vllm_plugin.worker_hook:wrap_init_device",
-        what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built.",
+        what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built; "
+        "for draft trees, puts our subclass in the place of the CPU's runner.",
         why="The EAGLE drafter of V1 feeds the draft a wrong row at the end of a prompt chunk, "
-        "M-RoPE positions, and stops drafting for all when one request nears max_model_len.",
+        "M-RoPE positions, and stops drafting for all when one request nears max_model_len. "
+        "vLLM verifies chains only.",
         remove_when="Model Runner V1 is gone from every supported version.",
         used_as=(
             (
                 "vllm.v1.worker.gpu_model_runner",
                 "self.drafter = EagleProposer(self.vllm_config, self.device, self)",
+            ),
+            (
+                "vllm.v1.worker.cpu_worker",
+                'self.model_runner = CPUModelRunner(self.vllm_config, torch.device("cpu"))',
             ),
         ),
     ),
