@@ -1,0 +1,125 @@
+"""Model Runner V2: which nodes of the drafted trees are accepted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from typing_extensions import override
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_msd.tree import DraftTree, accept, settle_index
+from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+
+if TYPE_CHECKING:
+    from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
+
+
+class TreeRejectionSampler(RejectionSampler):
+    """Draws one token after every node as vLLM's sampler would there, and walks along the draws.
+
+    The noise of a draw depends on the request's seed and the position alone, so a seeded request
+    gets the tokens that it would get without speculation.
+    """
+
+    def __init__(self, sampler: Sampler, state: TreeModelState) -> None:
+        check_overrides(TreeRejectionSampler)
+        super().__init__(sampler, state.vllm_config.speculative_config, state.device)
+        self.state = state
+        self._nodes: list[torch.Tensor] = []  # accepted nodes of each chunk of requests
+        self._processed_logprobs = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+
+    @override
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        draft_logits: torch.Tensor | None = None,
+        invalid_drafts: torch.Tensor | None = None,
+    ) -> SamplerOutput:
+        """Accept, and tell the model state which nodes."""
+        self._nodes.clear()
+        output = super().__call__(logits, input_batch, draft_logits, invalid_drafts)
+        self.state.accepted = torch.cat(self._nodes)
+        return output
+
+    @override
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the base class: processed logits, sampled tokens ``[R, T]`` and how many of them.
+
+        ``pos`` holds the linear positions of the rows; a row is sampled for the one of its depth.
+        """
+        sampler, state = self.sampler, self.state
+        pos = pos + state.shift(expanded_idx_mapping, expanded_local_pos)
+        processed = sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        drawn = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            sampler.sampling_states.temperature.gpu,
+            sampler.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=sampler.use_fp64_gumbel,
+        )
+        starts = cu_num_logits[:-1].long()
+        rows = starts[:, None] + torch.arange(state.num_nodes, device=starts.device)
+        rows.clamp_(max=len(drawn) - 1)  # trees that the scheduler cut short
+        tree = DraftTree(
+            verify_draft_sampled.long()[rows],
+            state.parents[idx_mapping],
+            state.depths[idx_mapping],
+            state.ancestors[idx_mapping],
+        )
+        accepted = accept(tree, drawn.long()[rows], cu_num_logits.diff().long())
+        self._nodes.append(accepted.nodes)
+        if self._processed_logprobs or sampler.return_sampling_mask:
+            processed = processed[settle_index(starts, accepted.nodes, len(processed))]
+        return processed, accepted.tokens, (accepted.lengths + 1).int()
+
+    @override
+    def _get_logprobs_tensors(
+        self,
+        sampled: torch.Tensor,
+        num_sampled: torch.Tensor,
+        logits: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        cu_num_logits_np: np.ndarray,
+        max_num_logprobs: int,
+    ) -> LogprobsTensors | None:
+        """As the base class, whose i-th row is the i-th accepted token's; here they are nodes."""
+        if max_num_logprobs != NO_LOGPROBS and not self._processed_logprobs:
+            logits = logits[settle_index(cu_num_logits[:-1].long(), self._nodes[-1], len(logits))]
+        return super()._get_logprobs_tensors(
+            sampled, num_sampled, logits, cu_num_logits, cu_num_logits_np, max_num_logprobs
+        )

@@ -1,0 +1,248 @@
+"""Model Runner V2: drafts a tree for each request instead of a chain.
+
+The draft's prefill is vLLM's own, on rows that acceptance has settled into a chain. The levels
+after it run eagerly, also where the target runs in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import override
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
+)
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_msd.errors import ConfigError
+from vllm_msd.tree import DraftTree, grow_tree
+from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
+from vllm_msd.vllm_plugin.trees.backend import register_attention, reserve_kv
+from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
+from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
+from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+from vllm_msd.vllm_plugin.trees.settings import tree_config
+
+
+class TreeSpeculator(EagleSpeculator):
+    """EAGLE's speculator, growing a tree from the draft's last row on.
+
+    A level feeds ``top_k`` rows a request to the draft. Row j of level l (from 0) has rotary
+    position ``first + l`` and KV slot ``first + l * top_k + j``, where ``first`` is the position
+    after the draft's last real row; rows past the model's limit get no slot.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_overrides(TreeSpeculator)
+        register_attention(device)
+        super().__init__(vllm_config, device)
+        self.shape = tree_config(vllm_config).shape
+        k = self.num_query_per_req = self.shape.top_k  # vLLM sizes its dummy runs by this
+        if self.max_num_reqs * k > self.max_num_tokens:
+            raise ConfigError(
+                f"tree_top_k {k} with max_num_seqs {self.max_num_reqs} drafts "
+                f"{self.max_num_reqs * k} rows at once, expected at most max_num_batched_tokens "
+                f"({self.max_num_tokens}). Lower max_num_seqs or tree_top_k, or raise "
+                "max_num_batched_tokens."
+            )
+        self.query_starts = torch.arange(
+            0, (self.max_num_reqs + 1) * k, k, dtype=torch.int32, device=device
+        )
+
+    @override
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the draft, and give the target the model state that knows trees."""
+        super().load_model(target_model)
+        state = resolve_model_state_cls(self.vllm_config, target_model)
+        if state is not DefaultModelState:
+            raise ConfigError(
+                f"MSD's draft trees do not work with this target: vLLM keeps {state.__name__} for "
+                "it. Leave tree_depth and tree_top_k out to draft chains."
+            )
+        target_model.get_model_state_cls = lambda: TreeModelState
+
+    @override
+    def set_attn(
+        self,
+        model_state: ModelState,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        target_input_buffers: InputBuffers,
+        target_attn_groups: list[list[AttentionGroup]],
+    ) -> None:
+        """vLLM calls this right before it allocates the KV cache by this config."""
+        super().set_attn(
+            model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
+        )
+        reserve_kv(kv_cache_config, self.vllm_config)
+
+    @override
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """As the base class, without graphs for the draft levels."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
+            self.vllm_config, self.device, CUDAGraphMode.NONE, decode_query_len=1
+        )
+
+    @override
+    def sample_draft(
+        self, hidden_states: torch.Tensor, sample_src_positions: torch.Tensor, *args, **kwargs
+    ) -> torch.Tensor:
+        """The draft prefill's one draw; the tree starts from the logits and does not use it."""
+        return torch.zeros_like(sample_src_positions)
+
+    @override
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft a tree for each request of the batch.
+
+        Returns:
+            ``[R, num_speculative_tokens]`` int64, the nodes' tokens; their parents go to the model
+            state.
+        """
+        num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping
+        rows = self.model_state.settled_rows(len(last_hidden_states)) if not dummy_run else None
+        if rows is not None:
+            input_batch.input_ids.copy_(input_batch.input_ids[rows])
+            last_hidden_states = last_hidden_states[rows]
+        drafts = super().propose(
+            input_batch,
+            attn_metadata,
+            slot_mappings,
+            last_hidden_states,
+            aux_hidden_states,
+            num_sampled,
+            num_rejected,
+            last_sampled,
+            next_prefill_tokens,
+            temperature,
+            seeds,
+            dp_sync_state,
+            dummy_run,
+            skip_attn_for_dummy_run,
+            mm_inputs,
+            is_profile,
+            num_speculative_tokens=0 if num_speculative_tokens == 0 else 1,
+        )
+        if num_speculative_tokens == 0:
+            return drafts
+        tree = self._grow(
+            last_sampled[slots, 0],
+            input_batch.seq_lens_cpu_upper_bound[:num_reqs],
+            with_attention=not (dummy_run and skip_attn_for_dummy_run),
+        )
+        tokens = tree.tokens
+        if not dummy_run:  # a dummy batch names the slots of real requests
+            tokens, parents = lay_out_chains(tokens, tree.parents, self.model_state.as_chain[slots])
+            self.model_state.set_trees(slots, parents)
+        self.draft_tokens[:num_reqs] = tokens[:, 1:]
+        return self.draft_tokens[:num_reqs]
+
+    def _grow(
+        self, root_tokens: torch.Tensor, seq_lens_cpu: torch.Tensor, with_attention: bool
+    ) -> DraftTree:
+        """Grow trees from what the draft prefill left in the buffers.
+
+        Args:
+            root_tokens: ``[R]`` int64.
+            seq_lens_cpu: ``[R]`` int32 on the host, at least the requests' lengths.
+            with_attention: False in the memory profile, where there is no KV cache yet.
+        """
+        k, buffers = self.shape.top_k, self.input_buffers
+        num_reqs = len(root_tokens)
+        num_rows = num_reqs * k
+        last_hidden = self.hidden_states[:num_reqs].clone()
+        first = buffers.positions[:num_reqs] + 1
+        fits = first + self.shape.depth * k <= self.max_model_len
+        tree: TreeRows | None = None
+        tree_start = torch.where(fits, first, -1).int()
+        buffers.query_start_loc.copy_(self.query_starts.clamp(max=num_rows))
+        longest = int(seq_lens_cpu.max()) + self.shape.depth * k
+        self.draft_max_seq_len = min(longest, self.max_model_len)
+        step = BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE, num_tokens=num_rows, num_reqs=num_reqs
+        )
+        beam = torch.arange(k, device=first.device)
+
+        def expand(
+            tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, level: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal tree
+            columns = torch.arange(visible.shape[-1], device=first.device)
+            ancestors = (visible.long() << columns).sum(-1).flatten()
+            tree = (
+                TreeRows(tree_start, ancestors, True)
+                if tree is None
+                else tree.next_level(ancestors)
+            )
+            buffers.input_ids[:num_rows] = tokens.flatten()
+            self.hidden_states[:num_rows] = hidden.flatten(0, 1)
+            metadata = slot_mappings = None
+            if with_attention:
+                slots = (first[:, None] + level * k + beam).flatten()
+                slot_mappings = self._slot_mappings(slots, num_reqs)
+                lengths = first + (level + 1) * k
+                buffers.seq_lens[:num_reqs] = lengths.clamp(max=self.max_model_len)
+            rotary = (first + level).clamp(max=self.max_model_len - 1)
+            buffers.positions[:num_rows] = rotary.repeat_interleave(k)
+            if with_attention:
+                metadata = self._build_uniform_attn_metadata(
+                    step, num_reqs, k, seq_lens_cpu, (level + 1) * k
+                )
+                attach(metadata, tree)
+            last, out = self._run_model(num_rows, metadata, slot_mappings, None)
+            logits = self.compute_draft_logits(last[:num_rows], 0)
+            return logits.unflatten(0, (num_reqs, k)), out[:num_rows].unflatten(0, (num_reqs, k))
+
+        root_logits = self.compute_draft_logits(last_hidden, 0)
+        return grow_tree(root_tokens, root_logits, last_hidden, expand, self.shape)
+
+    def _slot_mappings(self, positions: torch.Tensor, num_reqs: int) -> dict[str, torch.Tensor]:
+        """KV slots of a level's rows by layer; none past the model's limit.
+
+        Args:
+            positions: ``[R * k]`` int64, linear.
+            num_reqs: R.
+        """
+        slots = self.block_tables.compute_slot_mappings(
+            self.idx_mapping[:num_reqs],
+            self.input_buffers.query_start_loc[: num_reqs + 1],
+            positions.clamp(max=self.max_model_len - 1),
+            len(positions),
+        )
+        slots.masked_fill_(positions >= self.max_model_len, PAD_SLOT_ID)
+        return build_slot_mappings_by_layer(slots, self.kv_cache_config)
