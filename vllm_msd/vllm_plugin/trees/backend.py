@@ -52,6 +52,7 @@ def bind_kv(
 
     Raises:
         RuntimeError: the layout of the cache does not fit.
+        ConfigError: an attention layer would ignore the trees.
     """
     layers = vllm_config.compilation_config.static_forward_context
     if vllm_config.device_config.device_type == "cpu":
@@ -62,13 +63,15 @@ def bind_kv(
         return lambda tree, root_rows, nodes: settle_cpu(tree, nodes, root_rows)
 
     from vllm_msd.kernels import LayerCaches, settle
+    from vllm_msd.vllm_plugin.trees.triton_attention import check_backend
 
     groups = []
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
-        targets = [layers[n] for n in group.layer_names]
+        members = [layers[n] for n in group.layer_names]
+        check_backend(members)
         caches = [
             layer.kv_cache.transpose(1, 2)
-            for layer in targets
+            for layer in members
             if not getattr(layer, "is_draft_layer", False)
         ]
         if not caches:
