@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_msd.demo.engine import restart_tuned
+from vllm_msd.demo.engine import Drafting, restart_tuned
 from vllm_msd.errors import MSDError
 
 
@@ -44,21 +44,21 @@ def main() -> int:
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     result = provenance(**settings)
     samples = held_out_samples(args.num_prompts, args.seed)
+    draftings = {"chain": Drafting(args.num_speculative_tokens)}
     common = {
-        "num_speculative_tokens": args.num_speculative_tokens,
         "max_tokens": args.max_tokens,
         "enforce_eager": not args.compile,
         "on_answer": lambda comparison: print(".", end="", flush=True),
     }
     try:
-        result["small"] = figures(compare(paths.demo_pair(), samples, dtype="float32", **common))
+        small = compare(paths.demo_pair(), samples, draftings, dtype="float32", **common)
+        result["small"] = figures(small, "chain")
         result["wide"] = None
         if args.wide != "none":
             pair = paths.wide_pair(args.wide, report=print)
             wide = samples[: args.num_wide_prompts]
-            result["wide"] = figures(
-                compare(pair, wide, dtype="bfloat16", rounds=args.rounds, **common)
-            )
+            found = compare(pair, wide, draftings, dtype="bfloat16", rounds=args.rounds, **common)
+            result["wide"] = figures(found, "chain")
     except MSDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

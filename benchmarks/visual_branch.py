@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_msd.demo.engine import Engine, restart_tuned
+from vllm_msd.demo.engine import Drafting, Engine, restart_tuned
 from vllm_msd.errors import MSDError
 
 
@@ -47,9 +47,8 @@ def main() -> int:
     ]
     try:
         pair = paths.demo_pair()
-        engine = Engine(
-            pair.target, draft=pair.draft, num_speculative_tokens=args.num_speculative_tokens
-        )
+        drafting = Drafting(args.num_speculative_tokens)
+        engine = Engine(pair.target, draft=pair.draft, drafting=drafting)
         swaps = swap_images(engine, samples)
     except MSDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -45,8 +45,24 @@ def add_parsers(subparsers) -> None:
         "--num-speculative-tokens",
         type=_positive,
         default=5,
-        help="tokens drafted per verification (default: %(default)s)",
+        help="tokens of the chain drafted per verification (default: %(default)s)",
     )
+    run.add_argument(
+        "--tree-nodes",
+        type=_positive,
+        default=16,
+        help="nodes of the tree that is compared with it (default: %(default)s)",
+    )
+    run.add_argument(
+        "--tree-depth", type=_positive, default=5, help="its depth (default: %(default)s)"
+    )
+    run.add_argument(
+        "--tree-top-k",
+        type=_positive,
+        default=4,
+        help="children each node may get, and width of a level (default: %(default)s)",
+    )
+    run.add_argument("--skip-tree", action="store_true", help="compare with the chain only")
     run.add_argument(
         "--max-tokens", type=_positive, default=192, help="per answer (default: %(default)s)"
     )
@@ -96,13 +112,19 @@ def run_paths(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo; 1 when outputs in fp32 differ with and without MSD."""
     from vllm_msd.demo.engine import restart_tuned
+    from vllm_msd.tree.config import TreeConfig
 
+    if not args.skip_tree:  # a mistake ends here, before any engine starts
+        TreeConfig.from_settings(args.tree_nodes, args.tree_depth, args.tree_top_k)
     restart_tuned()
     from vllm_msd.demo.run import DemoSettings, run_demo
 
     settings = DemoSettings(
         num_prompts=args.num_prompts,
         num_speculative_tokens=args.num_speculative_tokens,
+        tree_nodes=None if args.skip_tree else args.tree_nodes,
+        tree_depth=args.tree_depth,
+        tree_top_k=args.tree_top_k,
         max_tokens=args.max_tokens,
         wide=None if args.skip_wide else args.wide,
     )

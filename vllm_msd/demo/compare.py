@@ -1,11 +1,11 @@
-"""The same requests with and without MSD, in turn on the same cores, and the figures from that."""
+"""The same requests with and without drafts, in turn on the same cores, and their figures."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_msd.demo.engine import Answer, Engine
+from vllm_msd.demo.engine import Answer, Drafting, Engine
 from vllm_msd.demo.paths import DemoPaths
 from vllm_msd.demo.world import IMAGE_KINDS, KINDS, Sample, sample
 
@@ -13,22 +13,34 @@ from vllm_msd.demo.world import IMAGE_KINDS, KINDS, Sample, sample
 FIRST_SEED = 10_000
 
 
+# The name of the engine without a draft among the engines compared.
+PLAIN = "plain"
+
+
 @dataclass
 class Comparison:
-    """One request's answers: the first round's in full, every round's decode times.
+    """One request's answers by engine: the first round's in full, every round's decode times.
 
-    ``timings`` holds per round ``(plain, msd)``, each a pair of decode tokens and seconds.
+    ``timings`` holds, per round and engine, decode tokens and seconds.
     """
 
     sample: Sample
-    plain: Answer
-    msd: Answer
-    timings: list[tuple[tuple[int, float], tuple[int, float]]] = field(default_factory=list)
+    answers: dict[str, Answer]
+    timings: list[dict[str, tuple[int, float]]] = field(default_factory=list)
 
     @property
-    def identical(self) -> bool:
-        """Whether both engines gave the same token ids."""
-        return self.plain.token_ids == self.msd.token_ids
+    def plain(self) -> Answer:
+        """The answer without a draft."""
+        return self.answers[PLAIN]
+
+    @property
+    def drafted(self) -> dict[str, Answer]:
+        """The answers with drafts, by engine."""
+        return {name: answer for name, answer in self.answers.items() if name != PLAIN}
+
+    def identical(self, name: str) -> bool:
+        """Whether engine ``name`` gave the token ids that the target gives without a draft."""
+        return self.answers[name].token_ids == self.plain.token_ids
 
 
 def held_out_samples(count: int, seed: int = FIRST_SEED) -> list[Sample]:
@@ -42,45 +54,42 @@ def held_out_samples(count: int, seed: int = FIRST_SEED) -> list[Sample]:
 def compare(
     pair: DemoPaths,
     samples: Sequence[Sample],
+    draftings: Mapping[str, Drafting],
     *,
     dtype: str,
-    num_speculative_tokens: int = 5,
     max_tokens: int = 192,
     rounds: int = 1,
     on_start: Callable[[], None] = lambda: None,
     on_answer: Callable[[Comparison], None] = lambda comparison: None,
     **engine_options: Any,
 ) -> list[Comparison]:
-    """Answer every sample with both engines, one request at a time, in ``rounds`` rounds.
+    """Answer every sample without a draft and with each drafting, one request at a time.
 
-    Which engine goes first alternates from request to request and from round to round, so a machine
-    that slows down or speeds up in between favours neither. ``on_start`` is called when both
-    engines are up and warm, ``on_answer`` after each comparison, in every round.
+    Who goes first rotates from request to request and from round to round, so a machine that slows
+    down or speeds up in between favours none. ``on_start`` is called when all engines are up and
+    warm, ``on_answer`` after each comparison, in every round.
     """
-    plain = Engine(pair.target, dtype=dtype, **engine_options)
-    msd = Engine(
-        pair.target,
-        draft=pair.draft,
-        num_speculative_tokens=num_speculative_tokens,
-        dtype=dtype,
-        **engine_options,
-    )
-    for engine in (plain, msd):  # the first request pays for lazy set-up
+    engines = {PLAIN: Engine(pair.target, dtype=dtype, **engine_options)}
+    for name, drafting in draftings.items():
+        engines[name] = Engine(
+            pair.target, draft=pair.draft, drafting=drafting, dtype=dtype, **engine_options
+        )
+    for engine in engines.values():  # the first request pays for lazy set-up
         engine.answer(sample("vqa", FIRST_SEED - 1, "test"), 16)
     on_start()
+    names = list(engines)
     comparisons: list[Comparison] = []
     for round_index in range(rounds):
         for index, one in enumerate(samples):
-            engines = [plain, msd] if (round_index + index) % 2 == 0 else [msd, plain]
-            answers = {id(engine): engine.answer(one, max_tokens) for engine in engines}
-            without, with_msd = answers[id(plain)], answers[id(msd)]
+            first = (round_index + index) % len(names)
+            answers = {
+                name: engines[name].answer(one, max_tokens)
+                for name in names[first:] + names[:first]
+            }
             if round_index == 0:
-                comparisons.append(Comparison(one, without, with_msd))
+                comparisons.append(Comparison(one, answers))
             comparisons[index].timings.append(
-                (
-                    (without.decode_tokens, without.decode_seconds),
-                    (with_msd.decode_tokens, with_msd.decode_seconds),
-                )
+                {name: (a.decode_tokens, a.decode_seconds) for name, a in answers.items()}
             )
             on_answer(comparisons[index])
     return comparisons
@@ -120,39 +129,45 @@ def acceptance(answers: Iterable[Answer]) -> dict[str, Any]:
     }
 
 
-def speed(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Decode tokens per second of both engines at batch 1, and their ratio.
+def rates(comparisons: Sequence[Comparison], name: str) -> list[float | None]:
+    """Decode tokens per second of one engine in each round."""
+    return [
+        _rate(c.timings[index][name] for c in comparisons)
+        for index in range(len(comparisons[0].timings))
+    ]
+
+
+def _rate(timings: Iterable[tuple[int, float]]) -> float | None:
+    tokens, seconds = (sum(column) for column in zip(*timings, strict=True))
+    return tokens / seconds if seconds else None
+
+
+def speed(comparisons: Sequence[Comparison], name: str) -> dict[str, Any]:
+    """Decode tokens per second at batch 1 without a draft and with ``name``'s, and their ratio.
 
     ``speedup`` is the median of the rounds' ratios, so that other work on the machine during one of
     them does not decide it. ``median_step_seconds`` is the cost of one engine step, first round.
     """
-
-    def rate(timings: Iterable[tuple[int, float]]) -> float | None:
-        tokens, seconds = (sum(column) for column in zip(*timings, strict=True))
-        return tokens / seconds if seconds else None
-
-    rounds = []
-    for index in range(len(comparisons[0].timings)):
-        plain = rate(c.timings[index][0] for c in comparisons)
-        msd = rate(c.timings[index][1] for c in comparisons)
-        rounds.append(msd / plain if plain and msd else None)
-    plain = rate(t[0] for c in comparisons for t in c.timings)
-    msd = rate(t[1] for c in comparisons for t in c.timings)
-    prefill = [
-        statistics.median(getattr(c, name).prefill_seconds for c in comparisons)
-        for name in ("plain", "msd")
+    rounds = [
+        msd / plain if plain and msd else None
+        for plain, msd in zip(rates(comparisons, PLAIN), rates(comparisons, name), strict=True)
     ]
+    overall = {n: _rate(t[n] for c in comparisons for t in c.timings) for n in (PLAIN, name)}
+    answers = {
+        "plain": [c.plain for c in comparisons],
+        "msd": [c.answers[name] for c in comparisons],
+    }
     ratios = [ratio for ratio in rounds if ratio is not None]
     return {
-        "plain_tokens_per_second": plain,
-        "msd_tokens_per_second": msd,
+        "plain_tokens_per_second": overall[PLAIN],
+        "msd_tokens_per_second": overall[name],
         "speedup": statistics.median(ratios) if ratios else None,
         "speedup_per_round": rounds,
-        "median_step_seconds": {
-            "plain": _median_step([c.plain for c in comparisons]),
-            "msd": _median_step([c.msd for c in comparisons]),
+        "median_step_seconds": {key: _median_step(group) for key, group in answers.items()},
+        "median_first_token_seconds": {
+            key: statistics.median(a.prefill_seconds for a in group)
+            for key, group in answers.items()
         },
-        "median_first_token_seconds": {"plain": prefill[0], "msd": prefill[1]},
     }
 
 
@@ -165,17 +180,21 @@ def _median_step(answers: Iterable[Answer]) -> float | None:
     return statistics.median(steps) if steps else None
 
 
-def figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """All figures of one pair, over everything, over image requests, and by kind."""
+def figures(comparisons: Sequence[Comparison], name: str) -> dict[str, Any]:
+    """All figures of engine ``name``, over everything, over image requests, and by kind."""
     groups = by_kind(comparisons)
     images = [c for kind in IMAGE_KINDS for c in groups.get(kind, [])]
+
+    def accepted(group: Iterable[Comparison]) -> dict[str, Any]:
+        return acceptance(c.answers[name] for c in group)
+
     return {
         "requests": len(comparisons),
-        "identical": sum(c.identical for c in comparisons),
-        "tokens": sum(len(c.msd.token_ids) for c in comparisons),
-        "all": acceptance(c.msd for c in comparisons),
-        "multimodal": acceptance(c.msd for c in images),
-        "by_kind": {kind: acceptance(c.msd for c in group) for kind, group in groups.items()},
-        "speed": speed(comparisons),
-        "speed_by_kind": {kind: speed(group) for kind, group in groups.items()},
+        "identical": sum(c.identical(name) for c in comparisons),
+        "tokens": sum(len(c.answers[name].token_ids) for c in comparisons),
+        "all": accepted(comparisons),
+        "multimodal": accepted(images),
+        "by_kind": {kind: accepted(group) for kind, group in groups.items()},
+        "speed": speed(comparisons, name),
+        "speed_by_kind": {kind: speed(group, name) for kind, group in groups.items()},
     }

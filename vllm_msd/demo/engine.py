@@ -57,6 +57,55 @@ def _bundled_allocator() -> list[str]:
     return [str(p) for p in (Path(spec.origin).parent / "libs").glob("libtcmalloc_minimal*.so*")]
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """What is drafted for a verification: a chain of tokens, or with depth and top_k a tree.
+
+    ``num_tokens`` of a tree are its nodes, the root not counted.
+    """
+
+    num_tokens: int = 5
+    depth: int | None = None
+    top_k: int | None = None
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether a node can have several children."""
+        return self.top_k not in (None, 1)
+
+    def __str__(self) -> str:
+        if not self.is_tree:
+            return f"chain of {self.num_tokens}"
+        return f"tree of {self.num_tokens} nodes, depth {self.depth}, top-k {self.top_k}"
+
+    @property
+    def deepest(self) -> int:
+        """How many drafted tokens a verification can accept."""
+        return self.depth or self.num_tokens
+
+    def speculative_config(self, draft: Path) -> dict[str, Any]:
+        """vLLM's ``speculative_config``."""
+        config = {"method": "msd", "model": str(draft), "num_speculative_tokens": self.num_tokens}
+        if self.depth is not None:
+            config |= {"tree_depth": self.depth, "tree_top_k": self.top_k}
+        return config
+
+
+@dataclass(frozen=True)
+class VerifiedTree:
+    """One verification of a tree; node 0 is the root, parents come before children.
+
+    ``path`` are the root and the accepted nodes, ``drawn`` the target's token after each of them.
+    ``before`` counts the answer's tokens up to the root, the root included.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    path: list[int]
+    drawn: list[int]
+    before: int
+
+
 @dataclass
 class Answer:
     """What one request got, and how.
@@ -73,6 +122,7 @@ class Answer:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
+    trees: list[VerifiedTree] = field(default_factory=list)
     finish_reason: str | None = None
 
     @property
@@ -99,7 +149,9 @@ class Answer:
 class Engine:
     """vLLM on one model, with MSD when ``draft`` is given, answering one sample at a time.
 
-    ``options`` are further `vllm.EngineArgs`. The chat template and the tokenizer are the model's.
+    ``keep_trees`` fills `Answer.trees`, which takes a little time in every step and wants each step
+    done before the next begins. ``options`` are further `vllm.EngineArgs`. The chat template and
+    the tokenizer are the model's.
     """
 
     def __init__(
@@ -107,20 +159,20 @@ class Engine:
         target: Path,
         *,
         draft: Path | None = None,
-        num_speculative_tokens: int = 5,
+        drafting: Drafting = Drafting(),
         dtype: str = "float32",
+        keep_trees: bool = False,
         **options: Any,
     ) -> None:
         from transformers import AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        self._keep_trees = keep_trees and draft is not None and drafting.is_tree
         if draft is not None:
-            options["speculative_config"] = {
-                "method": "msd",
-                "model": str(draft),
-                "num_speculative_tokens": num_speculative_tokens,
-            }
+            options["speculative_config"] = drafting.speculative_config(draft)
+        if self._keep_trees:
+            options["async_scheduling"] = False
         # Eager: nothing to compile, so no C++ compiler is needed and both engines start at once.
         # No prefix cache: a second round must compute what the first one did.
         defaults = {
@@ -178,6 +230,31 @@ class Engine:
             text = longer
         return answer
 
+    def _verified_tree(self, before: int) -> VerifiedTree | None:
+        """The tree of the step just done, with one request in it; None if it verified none."""
+        sampler = self.model_runner.rejection_sampler
+        if self.llm.vllm_config.use_v2_model_runner:
+            verified, sampler.verified = sampler.verified, None
+            if verified is None:
+                return None
+            tree, num_nodes, accepted = verified
+        else:
+            if sampler.step is None:
+                return None
+            tree, num_nodes, accepted = (
+                sampler.step.tree,
+                sampler.step.num_nodes,
+                sampler.acceptance,
+            )
+        size, length = int(num_nodes[0]), int(accepted.lengths[0]) + 1
+        return VerifiedTree(
+            tree.tokens[0, :size].tolist(),
+            tree.parents[0, :size].tolist(),
+            accepted.nodes[0, :length].tolist(),
+            accepted.tokens[0, :length].tolist(),
+            before,
+        )
+
     def _add(self, answer: Answer, delta: Any, seconds: float) -> None:
         new = list(delta.token_ids)
         answer.finish_reason = delta.finish_reason or answer.finish_reason
@@ -193,6 +270,8 @@ class Engine:
             answer.accepted_per_position = [
                 a + b for a, b in zip(before, per_position, strict=True)
             ]
+        if self._keep_trees and (tree := self._verified_tree(len(answer.token_ids))) is not None:
+            answer.trees.append(tree)
         if new:
             # The target's own token comes last; a stop may have cut it and some accepted ones off.
             answer.token_ids += new

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -10,7 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from vllm_msd.demo.bars import bars, grouped_bars
 from vllm_msd.demo.compare import Comparison
+from vllm_msd.demo.engine import Answer, Drafting
+from vllm_msd.demo.tree_picture import tells, tree_svg
 from vllm_msd.demo.world import score
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -27,32 +30,46 @@ KIND_NAMES = {
 
 
 def render(
-    small: Sequence[Comparison],
-    small_figures: dict[str, Any],
-    wide_figures: dict[str, Any] | None,
+    comparisons: Sequence[Comparison],
+    small: dict[str, dict[str, Any]],
+    wide: dict[str, dict[str, Any]] | None,
+    draftings: dict[str, Drafting],
     provenance: dict[str, Any],
+    text_of: Callable[[int], str],
 ) -> str:
-    """The whole page. ``*_figures`` are `vllm_msd.demo.compare.figures` of the two pairs.
+    """The whole page; everything in it that is not markup of this module is escaped.
 
-    ``wide_figures`` is None when only the small pair was run. Everything that is not markup of this
-    module is escaped.
+    Args:
+        comparisons: the small pair's answers.
+        small: `vllm_msd.demo.compare.figures` of each drafting with the small pair.
+        wide: with the widened pair, None when only the small pair was run.
+        draftings: what was drafted, by the same names.
+        provenance: of the run.
+        text_of: a token's text, for the tree.
     """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        lead=_lead(small_figures, provenance),
-        tiles=_tiles(small_figures, wide_figures, provenance),
-        meaning=_meaning(wide_figures, provenance),
-        panels=_panels(small_figures, wide_figures, provenance),
-        wide_table=_wide_table(wide_figures, provenance),
-        cards="".join(_card(c) for c in small),
+        lead=_lead(comparisons, draftings, provenance),
+        tiles=_tiles(comparisons, small, wide, draftings, provenance),
+        meaning=_meaning(wide, provenance),
+        panels=_panels(small, wide, draftings, provenance),
+        wide_table=_wide_table(wide, draftings, provenance),
+        tree=_tree(comparisons, text_of),
+        cards="".join(_card(c) for c in comparisons),
         facts=_facts(provenance),
     )
 
 
-def _lead(figures: dict, provenance: dict) -> str:
-    count = provenance["settings"]["num_speculative_tokens"]
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each drafting: the tree's, or the only one's, is the strong one."""
+    names = list(names)
+    return {name: "msd" if name == names[-1] else "msd-pale" for name in names}
+
+
+def _lead(comparisons: Sequence, draftings: dict[str, Drafting], provenance: dict) -> str:
+    drafted = " and with a ".join(str(drafting) for drafting in draftings.values())
     return (
-        f"{figures['requests']} held-out requests, answered by the same target with and without an "
-        f"MSD draft of {count} tokens. {escape(provenance['date'])}."
+        f"{len(comparisons)} held-out requests, answered by the same target without a draft and "
+        f"with an MSD draft: with a {escape(drafted)}. {escape(provenance['date'])}."
     )
 
 
@@ -60,22 +77,32 @@ def _tile(value: str, label: str, kind: str = "") -> str:
     return f'<div class="tile {kind}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
 
 
-def _tiles(small: dict, wide: dict | None, provenance: dict) -> str:
-    same = small["identical"] == small["requests"]
+def _tiles(
+    comparisons: Sequence[Comparison],
+    small: dict,
+    wide: dict | None,
+    draftings: dict[str, Drafting],
+    provenance: dict,
+) -> str:
+    same = sum(all(c.identical(name) for name in draftings) for c in comparisons)
     tiles = [
         _tile(
-            f"{small['identical']} of {small['requests']}",
+            f"{same} of {len(comparisons)}",
             "answers identical with and without MSD (fp32, greedy)",
-            "good" if same else "bad",
-        ),
-        _tile(
-            _number(small["multimodal"]["acceptance_length"]),
-            "tokens per verification on image requests, the target's own included",
-        ),
+            "good" if same == len(comparisons) else "bad",
+        )
     ]
-    if wide is not None:
-        size, times = provenance["settings"]["wide"], wide["speed"]["speedup"]
-        label = f"the decoding speed without MSD, at {size} parameters in bf16"
+    for name, drafting in draftings.items():
+        tiles.append(
+            _tile(
+                _number(small[name]["multimodal"]["acceptance_length"]),
+                "tokens per verification on image requests, the target's own included, with a "
+                f"{drafting}",
+            )
+        )
+    for name, drafting in draftings.items() if wide is not None else ():
+        size, times = provenance["settings"]["wide"], wide[name]["speed"]["speedup"]
+        label = f"the decoding speed without MSD, at {size} parameters in bf16, with a {drafting}"
         tiles.append(_tile(_times(times), label, "good" if times and times > 1 else "bad"))
     return "".join(tiles)
 
@@ -94,50 +121,89 @@ def _meaning(wide: dict | None, provenance: dict) -> str:
             "which has a real model's cost, was skipped in this run.</p>"
         )
     size = escape(str(provenance["settings"]["wide"]))
+    identical = " and ".join(
+        f"{found['identical']} of {found['requests']} were identical with the {escape(name)}"
+        for name, found in wide.items()
+    )
     return text + (
         "<p><b>Cost comes from the large shape.</b> The small model is all overhead, so its speed "
         "says little. Speed is shown on the same two functions widened to about "
         f"{size} parameters: wider layers, more heads, and added layers that add zero. Every token "
         "costs what it costs in a model of that size, and acceptance stays the small pair's. In "
         "bf16 two nearly equal logits can come out in either order when several tokens are checked "
-        f"at once, so answers may differ there: {wide['identical']} of {wide['requests']} were "
-        "identical.</p>"
+        f"at once, so answers may differ there: {identical}.</p>"
     )
 
 
-def _panels(small: dict, wide: dict | None, provenance: dict) -> str:
-    rows = [
-        (KIND_NAMES[kind], a["acceptance_length"], _number(a["acceptance_length"]), "msd")
-        for kind, a in small["by_kind"].items()
-    ]
-    limit = provenance["settings"]["num_speculative_tokens"] + 1
+def _panels(
+    small: dict, wide: dict | None, draftings: dict[str, Drafting], provenance: dict
+) -> str:
+    colours = _colours(draftings)
+    kinds = list(next(iter(small.values()))["by_kind"])
+    most = max(drafting.deepest for drafting in draftings.values())
     panels = [
         _panel(
             "Tokens per verification",
-            f"Small pair, fp32. 1 means nothing accepted; {limit} is the most possible.",
-            _bars(rows, limit),
-        )
+            "Small pair, fp32. 1 means nothing accepted; one more than its depth is the most a "
+            "chain or tree can give.",
+            grouped_bars(
+                [KIND_NAMES[kind] for kind in kinds],
+                [
+                    (
+                        str(draftings[name]),
+                        colours[name],
+                        [found["by_kind"][kind]["acceptance_length"] for kind in kinds],
+                    )
+                    for name, found in small.items()
+                ],
+                most + 1,
+            ),
+        ),
+        _panel(
+            "Accepted by depth",
+            "Share of the verifications that accepted a drafted token at this depth. Small pair, "
+            "all requests.",
+            grouped_bars(
+                [f"Depth {depth + 1}" for depth in range(most)],
+                [
+                    (
+                        str(draftings[name]),
+                        colours[name],
+                        _by_depth(found["all"], draftings[name].deepest, most),
+                    )
+                    for name, found in small.items()
+                ],
+                1,
+            ),
+        ),
     ]
     pairs = [("Small pair, fp32", small)]
     if wide is not None:
         pairs.insert(0, (f"Widened to {provenance['settings']['wide']}, bf16", wide))
     charts = []
-    for name, figures in pairs:
-        plain = figures["speed"]["plain_tokens_per_second"]
-        msd = figures["speed"]["msd_tokens_per_second"]
-        rows = [
-            ("without MSD", plain, _number(plain, 1), "plain"),
-            ("with MSD", msd, f"{_number(msd, 1)}  ({_times(figures['speed']['speedup'])})", "msd"),
-        ]
-        charts.append(f"<p><b>{escape(name)}</b></p>" + _bars(rows, max(plain or 0, msd or 0)))
+    for title, found in pairs:
+        speeds = {name: one["speed"] for name, one in found.items()}
+        plain = next(iter(speeds.values()))["plain_tokens_per_second"]
+        rows = [("without MSD", plain, _number(plain, 1), "plain")]
+        for name, one in speeds.items():
+            rate = one["msd_tokens_per_second"]
+            text = f"{_number(rate, 1)}  ({_times(one['speedup'])})"
+            rows.append((f"with a {name}", rate, text, colours[name]))
+        longest = max(value or 0 for _, value, _, _ in rows)
+        charts.append(f"<p><b>{escape(title)}</b></p>" + bars(rows, longest))
     panels.append(
         _panel(
             "Decoding speed, tokens per second",
-            "Batch 1, greedy; both engines took turns on the same cores.",
+            "Batch 1, greedy; the engines took turns on the same cores.",
             "".join(charts),
         )
     )
     return "".join(panels)
+
+
+def _by_depth(accepted: dict[str, Any], deepest: int, rows: int) -> list[float | None]:
+    shares = accepted["acceptance_rate_per_position"] or [0.0] * deepest
+    return [shares[depth] if depth < deepest else None for depth in range(rows)]
 
 
 def _panel(title: str, note: str, body: str) -> str:
@@ -146,90 +212,115 @@ def _panel(title: str, note: str, body: str) -> str:
     )
 
 
-def _bars(rows: Iterable[tuple[str, float | None, str, str]], maximum: float) -> str:
-    """Horizontal bars as SVG; a row is label, value, the text after the bar, and its colour."""
-    rows = list(rows)
-    height, left, width, room = 32, 138, 480, 96
-    parts = []
-    for index, (label, value, text, colour) in enumerate(rows):
-        top = index * height
-        length = (width - left - room) * (value or 0) / maximum if maximum else 0
-        parts.append(
-            f'<text x="0" y="{top + 20}">{escape(label)}</text>'
-            f'<rect x="{left}" y="{top + 5}" width="{length:.1f}" height="22" rx="3" '
-            f'fill="var(--{colour})"/>'
-            f'<text x="{left + length + 8:.1f}" y="{top + 20}">{escape(text)}</text>'
-        )
-    described = escape("; ".join(f"{label}: {text}" for label, _, text, _ in rows))
-    return (
-        f'<svg viewBox="0 0 {width} {len(rows) * height}" role="img" aria-label="{described}">'
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def _wide_table(wide: dict | None, provenance: dict) -> str:
+def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: dict) -> str:
     if wide is None:
         return ""
-    rows = [
-        (KIND_NAMES[kind], figures, wide["by_kind"][kind])
-        for kind, figures in wide["speed_by_kind"].items()
-    ]
-    rows.append(("All", wide["speed"], wide["all"]))
-    cells = "".join(
-        f"<tr><td>{escape(name)}</td><td>{_number(speed['plain_tokens_per_second'], 1)}</td>"
-        f"<td>{_number(speed['msd_tokens_per_second'], 1)}</td><td>{_times(speed['speedup'])}</td>"
-        f"<td>{_number(accepted['acceptance_length'])}</td></tr>"
-        for name, speed, accepted in rows
+    first = next(iter(wide.values()))
+    kinds = list(first["speed_by_kind"])
+    head = "<th>Kind</th><th>tokens/s without</th>" + "".join(
+        f"<th>{escape(name)}: tokens/s</th><th>speed-up</th><th>tokens per verification</th>"
+        for name in wide
     )
-    rounds = ", ".join(_times(r) for r in wide["speed"]["speedup_per_round"])
+    lines = []
+    for kind in [*kinds, None]:
+        cells = [KIND_NAMES[kind] if kind else "All"]
+        for name, found in wide.items():
+            speed = found["speed_by_kind"][kind] if kind else found["speed"]
+            accepted = found["by_kind"][kind] if kind else found["all"]
+            if name == next(iter(wide)):
+                cells.append(_number(speed["plain_tokens_per_second"], 1))
+            cells += [
+                _number(speed["msd_tokens_per_second"], 1),
+                _times(speed["speedup"]),
+                _number(accepted["acceptance_length"]),
+            ]
+        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    rounds = "; ".join(
+        f"{draftings[name]}: " + ", ".join(_times(r) for r in found["speed"]["speedup_per_round"])
+        for name, found in wide.items()
+    )
     size = escape(str(provenance["settings"]["wide"]))
     return (
-        f'<h2>Widened pair ({size}, bf16) by kind</h2><div class="scroll"><table><tr><th>Kind</th>'
-        "<th>tokens/s without</th><th>tokens/s with MSD</th><th>speed-up</th>"
-        f"<th>tokens per verification</th></tr>{cells}</table></div>"
+        f'<h2>Widened pair ({size}, bf16) by kind</h2><div class="scroll"><table><tr>{head}</tr>'
+        f"{''.join(lines)}</table></div>"
         f'<p class="soft">Speed-up in each interleaved round: {escape(rounds)}.</p>'
     )
 
 
+def _tree(comparisons: Sequence[Comparison], text_of: Callable[[int], str]) -> str:
+    """The picture of one verified tree with where it comes from; empty when there was none."""
+    shown = max(
+        (
+            (tree, comparison, answer)
+            for comparison in comparisons
+            for answer in comparison.drafted.values()
+            for tree in answer.trees
+        ),
+        key=lambda candidate: tells(candidate[0]),
+        default=None,
+    )
+    if shown is None:
+        return ""
+    tree, comparison, answer = shown
+    question = _text(comparison.sample.prompt[-1])
+    so_far = "".join(answer.pieces[: tree.before]).strip()
+    return (
+        "<h2>One draft tree</h2><p>One verification of a request of this run. To "
+        f"<b>{escape(question)}</b> the answer so far was <b>{escape(so_far)}</b>. The draft then "
+        f"proposed {len(tree.tokens) - 1} tokens, and the target checked all of them in one step. "
+        f"It accepted the {len(tree.path) - 1} on the filled path and added one of its own "
+        "(dashed). Below a parent the draft's guesses stand from the likeliest down; rest the "
+        'pointer on one to see its fate.</p><div class="panel scroll">'
+        f"{tree_svg(tree, text_of)}</div>"
+    )
+
+
+def _text(message: dict[str, Any]) -> str:
+    return "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
+
+
 def _card(comparison: Comparison) -> str:
-    sample, msd = comparison.sample, comparison.msd
+    sample = comparison.sample
     images = "".join(
         f'<img src="{_data_uri(image)}" alt="image of this request">' for image in sample.images
     )
     turns = []
     for index, message in enumerate(sample.prompt):
         last = index == len(sample.prompt) - 1
-        text = "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
         who = "user" if message["role"] == "user" else "assistant"
         turns.append(
-            f'<p class="turn {who}{"" if last else " earlier"}">{escape(text)}</p>',
+            f'<p class="turn {who}{"" if last else " earlier"}">{escape(_text(message))}</p>',
         )
-    length = 1 + msd.num_accepted_tokens / msd.num_drafts if msd.num_drafts else None
-    right = score(sample, msd.text)
-    tags = [KIND_NAMES[sample.kind], f"{_number(length)} tokens per verification"]
+    right = score(sample, comparison.plain.text)
+    tags = [KIND_NAMES[sample.kind]]
+    for name, answer in comparison.drafted.items():
+        length = 1 + answer.num_accepted_tokens / answer.num_drafts if answer.num_drafts else None
+        tags.append(f"{name}: {_number(length)} tokens per verification")
     tags.append("right" if right >= 1 else "wrong" if right <= 0 else f"score {right:.2f}")
-    same = (
-        '<span class="tag">same text without MSD</span>'
-        if comparison.identical
-        else '<span class="tag differs">differs without MSD</span>'
-    )
+    differing = [name for name in comparison.drafted if not comparison.identical(name)]
+    same = '<span class="tag">same text without MSD</span>'
+    if differing:
+        same = (
+            f'<span class="tag differs">differs without MSD: {escape(", ".join(differing))}</span>'
+        )
     other = ""
-    if not comparison.identical:
+    if differing:
         other = (
             '<p class="soft">Without MSD:</p>'
             f'<p class="answer">{escape(comparison.plain.text.strip())}</p>'
         )
+    *_, shown = comparison.drafted.values()
     return (
         f'<div class="card"><div>{images or "<div class=none>no image</div>"}</div><div>'
         f'<div class="tags">{"".join(f"<span class=tag>{escape(t)}</span>" for t in tags)}{same}'
-        f'</div>{"".join(turns)}<p class="answer">{_marked(comparison)}</p>{other}</div></div>'
+        f'</div>{"".join(turns)}<p class="answer">{_marked(shown)}</p>{other}</div></div>'
     )
 
 
-def _marked(comparison: Comparison) -> str:
+def _marked(answer: Answer) -> str:
     """The answer with runs of accepted tokens in ``<mark>``."""
     runs: list[tuple[bool, str]] = []
-    for piece, accepted in zip(comparison.msd.pieces, comparison.msd.accepted, strict=True):
+    for piece, accepted in zip(answer.pieces, answer.accepted, strict=True):
         if runs and runs[-1][0] == accepted:
             runs[-1] = (accepted, runs[-1][1] + piece)
         else:

@@ -4,7 +4,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,36 @@ from vllm_msd.demo.compare import (
     figures,
     held_out_samples,
 )
+from vllm_msd.demo.engine import Drafting
 from vllm_msd.demo.provenance import provenance
 from vllm_msd.demo.report import KIND_NAMES, render
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs. ``wide`` is the size that is timed (``"350M"``), None to skip it."""
+    """What the demo runs. ``wide`` is the size that is timed (``"350M"``), None to skip it.
+
+    A chain of ``num_speculative_tokens`` stands beside a tree of ``tree_nodes`` (None: no tree).
+    """
 
     num_prompts: int = 21
     num_speculative_tokens: int = 5
+    tree_nodes: int | None = 16
+    tree_depth: int = 5
+    tree_top_k: int = 4
     max_tokens: int = 192
     wide: str | None = "350M"
     num_wide_prompts: int = 7
     wide_rounds: int = 2  # shows whether the ratio holds
     seed: int = FIRST_SEED
+
+    @property
+    def draftings(self) -> dict[str, Drafting]:
+        """What is compared with no draft at all: ``chain``, and ``tree`` if there is one."""
+        found = {"chain": Drafting(self.num_speculative_tokens)}
+        if self.tree_nodes is not None:
+            found["tree"] = Drafting(self.tree_nodes, self.tree_depth, self.tree_top_k)
+        return found
 
 
 def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = None) -> int:
@@ -45,16 +60,19 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
     start = time.monotonic()
     facts = provenance(**asdict(settings))
     samples = held_out_samples(settings.num_prompts, settings.seed)
+    draftings = settings.draftings
+    drafted = " and ".join(f"a {drafting}" for drafting in draftings.values())
 
+    print(f"Drafts: {drafted}")
     print("Small pair, fp32: starting vLLM without and with MSD (about half a minute)", flush=True)
     small = _compare(paths.demo_pair(), samples, settings, dtype="float32", rounds=1, show=True)
-    small_figures = figures(small)
+    small_figures = {name: figures(small, name) for name in draftings}
     _print_acceptance(small_figures)
 
     wide_figures = None
     if settings.wide:
         pair = paths.wide_pair(settings.wide, report=_print_line)
-        print(f"\nPair of {settings.wide} parameters, bf16: starting vLLM twice", flush=True)
+        print(f"\nPair of {settings.wide} parameters, bf16: starting vLLM again", flush=True)
         wide = _compare(
             pair,
             samples[: settings.num_wide_prompts],
@@ -63,11 +81,12 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
             rounds=settings.wide_rounds,
             show=False,
         )
-        wide_figures = figures(wide)
+        wide_figures = {name: figures(wide, name) for name in draftings}
     _print_speed(small_figures, wide_figures, settings)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(small, small_figures, wide_figures, facts), encoding="utf-8")
+    page = render(small, small_figures, wide_figures, draftings, facts, _token_texts())
+    output.write_text(page, encoding="utf-8")
     print(f"\nReport: {output}   ({time.monotonic() - start:.0f} s in all)")
     if json_output is not None:
         json_output.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +97,14 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
             "answers": [_as_dict(c) for c in small],
         }
         json_output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0 if small_figures["identical"] == small_figures["requests"] else 1
+    return 0 if all(f["identical"] == f["requests"] for f in small_figures.values()) else 1
+
+
+def _token_texts() -> Callable[[int], str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(paths.demo_pair().target)
+    return lambda token: tokenizer.decode([token])
 
 
 def _compare(
@@ -107,10 +133,11 @@ def _compare(
         return compare(
             pair,
             samples,
+            settings.draftings,
             dtype=dtype,
-            num_speculative_tokens=settings.num_speculative_tokens,
             max_tokens=settings.max_tokens,
             rounds=rounds,
+            keep_trees=show,
             on_start=bar.unpause,
             on_answer=answered,
         )
@@ -121,60 +148,79 @@ def _print_line(line: str) -> None:
 
 
 def _print_answer(comparison: Comparison) -> None:
-    sample, msd = comparison.sample, comparison.msd
+    sample = comparison.sample
     question = "".join(p["text"] for p in sample.prompt[-1]["content"] if p["type"] == "text")
-    same = "identical" if comparison.identical else "DIFFERENT"
-    length = 1 + msd.num_accepted_tokens / msd.num_drafts if msd.num_drafts else 1
     print(f"\n[{KIND_NAMES[sample.kind]}] {question.strip()}")
-    print(f"  {msd.text.strip()}")
-    print(f"  with and without MSD: {same}; {length:.2f} tokens per verification", flush=True)
-    if not comparison.identical:
-        print(f"  without MSD: {comparison.plain.text.strip()}", flush=True)
+    print(f"  {comparison.plain.text.strip()}")
+    for name, answer in comparison.drafted.items():
+        same = "identical" if comparison.identical(name) else "DIFFERENT"
+        length = 1 + answer.num_accepted_tokens / answer.num_drafts if answer.num_drafts else 1
+        print(f"  {name:<6} {same} to no draft; {length:.2f} tokens per verification", flush=True)
+        if not comparison.identical(name):
+            print(f"  {name:<6} {answer.text.strip()}", flush=True)
 
 
-def _print_acceptance(found: dict[str, Any]) -> None:
-    verdict = "identical" if found["identical"] == found["requests"] else "NOT ALL IDENTICAL"
-    print(f"\nOutputs with and without MSD, fp32 greedy: {verdict}")
-    print(f"  {found['identical']} of {found['requests']} requests, {found['tokens']} tokens")
-    print("\nTokens per verification (the target's own token counted)")
-    for kind, accepted in found["by_kind"].items():
-        print(f"  {KIND_NAMES[kind]:<18}{_number(accepted['acceptance_length'])}")
-    print(f"  {'All with images':<18}{_number(found['multimodal']['acceptance_length'])}")
+def _print_acceptance(found: dict[str, dict]) -> None:
+    print("\nOutputs with and without MSD, fp32 greedy")
+    for name, one in found.items():
+        verdict = "identical" if one["identical"] == one["requests"] else "NOT ALL IDENTICAL"
+        count = f"{one['identical']} of {one['requests']} requests, {one['tokens']} tokens"
+        print(f"  {name:<18}{verdict}: {count}")
+    print(f"\n{'Tokens per verification':<20}" + "".join(f"{name:>10}" for name in found))
+    kinds = {kind: KIND_NAMES[kind] for kind in next(iter(found.values()))["by_kind"]}
+    rows = [
+        (label, [one["by_kind"][kind] for one in found.values()]) for kind, label in kinds.items()
+    ]
+    rows.append(("All with images", [one["multimodal"] for one in found.values()]))
+    for label, accepted in rows:
+        numbers = "".join(f"{_number(a['acceptance_length']):>10}" for a in accepted)
+        print(f"  {label:<21}{numbers}")
+    print("  (the target's own token counted)")
 
 
-def _print_speed(small: dict, wide: dict | None, settings: DemoSettings) -> None:
-    print("\nDecoding at batch 1, tokens/s        without     with MSD    speed-up")
-    rows = [("small pair, fp32 (all overhead)", small)]
+def _print_speed(
+    small: dict[str, dict], wide: dict[str, dict] | None, settings: DemoSettings
+) -> None:
+    print("\nDecoding at batch 1, tokens/s         without      with MSD    speed-up")
+    pairs = [("small pair, fp32 (all overhead)", small)]
     if wide is not None:
-        rows.append((f"{settings.wide} shape, bf16", wide))
-    for name, found in rows:
-        speed = found["speed"]
+        pairs.append((f"{settings.wide} shape, bf16", wide))
+    for label, found in pairs:
+        for name, one in found.items():
+            speed = one["speed"]
+            print(
+                f"  {label:<36}{_number(speed['plain_tokens_per_second'], 1):>7}"
+                f"{name:>8}{_number(speed['msd_tokens_per_second'], 1):>7}"
+                f"{_number(speed['speedup']):>11}x"
+            )
+    for name, one in (wide or {}).items():
         print(
-            f"  {name:<34}{_number(speed['plain_tokens_per_second'], 1):>8}"
-            f"{_number(speed['msd_tokens_per_second'], 1):>13}{_number(speed['speedup']):>11}x"
-        )
-    if wide is not None:
-        print(
-            f"  {wide['identical']} of {wide['requests']} bf16 answers were identical (near ties "
-            "may come out either way in bf16)."
+            f"  {name}: {one['identical']} of {one['requests']} bf16 answers were identical (near "
+            "ties may come out either way in bf16)."
         )
         # A step with MSD costs more than one without, so a larger ratio is somebody else's load.
-        if (wide["speed"]["speedup"] or 0) > (wide["all"]["acceptance_length"] or 0):
+        if (one["speed"]["speedup"] or 0) > (one["all"]["acceptance_length"] or 0):
             print("  Faster than its tokens per verification: the machine was busy, run it again.")
+    if wide is not None:
         print("Acceptance is the small pair's, cost is the large shape's: see the report.")
 
 
 def _as_dict(comparison: Comparison) -> dict[str, Any]:
-    sample, msd = comparison.sample, comparison.msd
+    sample = comparison.sample
     return {
         "kind": sample.kind,
         "messages": sample.prompt,
         "expected": sample.answer,
-        "answer": msd.text,
-        "identical": comparison.identical,
-        "token_ids": msd.token_ids,
-        "accepted": msd.accepted,
-        "verifications": msd.num_drafts,
+        "answer": comparison.plain.text,
+        "token_ids": comparison.plain.token_ids,
+        "drafted": {
+            name: {
+                "identical": comparison.identical(name),
+                "accepted": answer.accepted,
+                "verifications": answer.num_drafts,
+            }
+            for name, answer in comparison.drafted.items()
+        },
     }
 
 
