@@ -16,8 +16,7 @@ from vllm_msd.tree import DraftTree, grow_tree
 from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
 from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
 from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.settings import tree_config
+from vllm_msd.vllm_plugin.trees.settings import check_level_rows, tree_config
 
 
 class TreeProposer(MSDProposer):
@@ -32,9 +31,9 @@ class TreeProposer(MSDProposer):
     as_chain: Tensor
 
     def __init__(self, vllm_config, device, runner=None) -> None:
-        check_overrides(TreeProposer)
         super().__init__(vllm_config, device, runner)
         self.shape = tree_config(vllm_config).shape
+        check_level_rows(vllm_config)
         # The base class only runs the draft's prefill; this is also its number of warm-up passes.
         self.num_speculative_tokens = 1
         self._last_hidden: Tensor | None = None
@@ -70,20 +69,13 @@ class TreeProposer(MSDProposer):
         )
         if token_indices_to_sample is None:
             token_indices_to_sample = common_attn_metadata.query_start_loc[1:] - 1
-        first_slots = self.positions[token_indices_to_sample] + 1
-        # Each level puts top_k rows of every request into buffers of max_num_tokens rows.
-        at_once = self.max_num_tokens // self.shape.top_k
-        trees = [
-            self._grow(
-                next_token_ids[part], first_slots[part], self._last_hidden[part],
-                common_attn_metadata.block_table_tensor[part],
-            )
-            for part in (
-                slice(i, i + at_once) for i in range(0, len(next_token_ids), at_once)
-            )
-        ]  # fmt: skip
-        tokens = torch.cat([tree.tokens for tree in trees])
-        parents = torch.cat([tree.parents for tree in trees])
+        tree = self._grow(
+            next_token_ids.long(),
+            self.positions[token_indices_to_sample] + 1,
+            self._last_hidden,
+            common_attn_metadata.block_table_tensor,
+        )
+        tokens, parents = tree.tokens, tree.parents
         if self.as_chain.any():
             tokens, parents = lay_out_chains(tokens, parents, self.as_chain)
         self.drafted = (tokens, parents)
@@ -103,7 +95,7 @@ class TreeProposer(MSDProposer):
         """Grow the trees of B requests.
 
         Args:
-            root_tokens: ``[B]`` int32 the sampled tokens.
+            root_tokens: ``[B]`` int64 the sampled tokens.
             first_slots: ``[B]`` int64 position behind each request's last valid row.
             hidden: ``[B, H]`` the draft's output of that row.
             block_table: ``[B, blocks]`` int32 of the draft's cache.
@@ -154,7 +146,7 @@ class TreeProposer(MSDProposer):
             return logits.unflatten(0, (batch, k)), out.unflatten(0, (batch, k))
 
         logits = self.model.compute_logits(hidden)
-        return grow_tree(root_tokens.long(), logits, hidden, expand, self.shape)
+        return grow_tree(root_tokens, logits, hidden, expand, self.shape)
 
     def _run_level(
         self,

@@ -18,6 +18,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -43,8 +44,13 @@ class TreeModelRunner(CPUModelRunner):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        check_overrides(TreeModelRunner)
+        for cls in (TreeModelRunner, TreeProposer, TreeRejectionSampler):
+            check_overrides(cls)
         super().__init__(vllm_config, device)
+        # vLLM leaves these two out where it speculates.
+        processors = self.input_batch.logitsprocs
+        processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(vllm_config, device, False))
+        processors.argmax_invariant.append(MinPLogitsProcessor(vllm_config, device, False))
         self.drafter = TreeProposer(vllm_config, device, self)
         self.rejection_sampler = TreeRejectionSampler(
             self.sampler, vllm_config.speculative_config, device

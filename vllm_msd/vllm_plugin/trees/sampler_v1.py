@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
-from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.rejection_sampler import (
-    GREEDY_TEMPERATURE,
-    RejectionSampler,
-    apply_sampling_constraints,
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
 )
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_msd.tree import Acceptance, accept
@@ -24,9 +26,9 @@ from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
 class TreeRejectionSampler(RejectionSampler):
     """Accepts a path of each request's tree where the base class accepts a prefix of its chain.
 
-    Logits go through the same processing as in the base class, which looks at requests and rows
-    and knows nothing of trees. It is exact for trees where each row is treated on its own; requests
-    where it is not come as chains.
+    The base class's processing of logits looks at requests and rows and knows nothing of trees. It
+    is exact for trees where each row is treated on its own; requests where it is not come as
+    chains. The draws are those of vLLM's sampler without speculation, with a row for each node.
 
     Attributes:
         step: the trees of the step, set before each call; None: as the base class.
@@ -50,71 +52,45 @@ class TreeRejectionSampler(RejectionSampler):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         if draft_probs is not None or self.synthetic_mode:
             raise ValueError("draft trees are accepted exactly and without draft probabilities")
-        drawn, shown_logits = self._draw(metadata, logits, sampling_metadata)
-        accepted = accept(step.tree, step.by_request(drawn), step.num_nodes)
+        shown = logits
+        if sampling_metadata.all_greedy and _leaves_logits_alone(sampling_metadata):
+            drawn = self.sampler.greedy_sample(logits.to(torch.float32))
+        else:
+            logits = logits.to(torch.float32, copy=True)
+            if not _leaves_logits_alone(sampling_metadata):
+                self._process(logits, metadata, sampling_metadata)
+            per_node = _per_node(step, sampling_metadata)
+            drawn, processed = self.sampler.sample(logits, per_node)
+            shown = shown if processed is None else processed
+
+        accepted = accept(step.tree, step.by_request(drawn.long()), step.num_nodes)
         self.acceptance = accepted
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             logprobs = self._path_logprobs(
-                step, accepted, shown_logits, sampling_metadata.max_num_logprobs
+                step, accepted, shown, sampling_metadata.max_num_logprobs
             )
         return SamplerOutput(
             sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=logprobs
         )
 
-    def _draw(
-        self, metadata: SpecDecodeMetadata, logits: Tensor, sampling_metadata: SamplingMetadata
-    ) -> tuple[Tensor, Tensor]:
-        """``[nodes]`` int64 the token after each node, and the logits that logprobs are of."""
-        shows_processed = (
-            self.is_processed_logprobs_mode and sampling_metadata.max_num_logprobs is not None
-        )
-        if sampling_metadata.all_greedy and _leaves_logits_alone(sampling_metadata):
-            return self.sampler.greedy_sample(logits.to(torch.float32)).long(), logits
+    def _process(
+        self, logits: Tensor, metadata: SpecDecodeMetadata, sampling_metadata: SamplingMetadata
+    ) -> None:
+        """Apply penalties, bias and the like to ``logits [nodes, V]``, in place.
 
-        # A request's last node is drawn as one without speculation, the others by its parameters
-        # spread over their rows: the base class's two ways.
-        last = self.sampler(
-            logits[metadata.bonus_logits_indices],
-            replace(
-                sampling_metadata,
-                max_num_logprobs=-1 if shows_processed else None,
-                logprob_token_ids=None,
-            ),
-            predict_bonus_token=True,
-            logprobs_mode_override="processed_logits" if shows_processed else None,
+        vLLM treats a request's last row as without speculation, and has another way for the rows
+        before it, which leaves the bias out.
+        """
+        last, inner = metadata.bonus_logits_indices, metadata.target_logits_indices
+        logits[last] = self.sampler.apply_logits_processors(
+            logits[last], sampling_metadata, predict_bonus_token=True
         )
-        inner = logits[metadata.target_logits_indices].to(torch.float32)
-        inner = self.apply_logits_processors(inner, sampling_metadata, metadata)
-        inner = apply_sampling_constraints(inner, metadata.cu_num_draft_tokens, sampling_metadata)
-        drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        drawn[metadata.bonus_logits_indices] = last.sampled_token_ids[:, 0].long()
-        drawn[metadata.target_logits_indices] = self._draw_rows(
-            inner, metadata.num_draft_tokens, sampling_metadata
-        )
-        if shows_processed:
-            logits = torch.empty_like(logits, dtype=torch.float32)
-            logits[metadata.bonus_logits_indices] = last.logprobs_tensors.logprobs
-            logits[metadata.target_logits_indices] = inner
-        return drawn, logits
-
-    def _draw_rows(
-        self, logits: Tensor, num_rows: list[int], sampling_metadata: SamplingMetadata
-    ) -> Tensor:
-        """One token per row of processed logits; ``num_rows`` of them belong to each request."""
-        if sampling_metadata.all_greedy:
-            return self.sampler.greedy_sample(logits).long()
-        generators, first_row = {}, 0
-        for request, count in enumerate(num_rows):
-            if (generator := sampling_metadata.generators.get(request)) is not None:
-                generators.update(dict.fromkeys(range(first_row, first_row + count), generator))
-            first_row += count
-        drawn, _ = self.sampler.topk_topp_sampler(logits, generators, None, None)
-        if sampling_metadata.all_random:
-            return drawn.long()
-        is_greedy = sampling_metadata.temperature == GREEDY_TEMPERATURE
-        is_greedy = is_greedy.repeat_interleave(torch.tensor(num_rows, device=logits.device))
-        return torch.where(is_greedy, self.sampler.greedy_sample(logits), drawn).long()
+        biased = logits[inner]
+        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+            if isinstance(processor, LogitBiasLogitsProcessor):
+                _add_bias(biased, processor, metadata.num_draft_tokens)
+        logits[inner] = self.apply_logits_processors(biased, sampling_metadata, metadata)
 
     def _path_logprobs(
         self, step: StepTrees, accepted: Acceptance, logits: Tensor, max_num_logprobs: int
@@ -128,13 +104,58 @@ class TreeRejectionSampler(RejectionSampler):
 
 
 def _leaves_logits_alone(sampling_metadata: SamplingMetadata) -> bool:
-    """Whether nothing but temperature, top-k and top-p is to be applied."""
+    """Whether nothing but temperature, min-p, top-k and top-p is to be applied."""
     holder = sampling_metadata.thinking_budget_state_holder
-    processors = sampling_metadata.logitsprocs.non_argmax_invariant
     return (
         sampling_metadata.no_penalties
         and not sampling_metadata.bad_words_token_ids
         and sampling_metadata.allowed_token_ids_mask is None
         and (holder is None or not holder.has_tracked_requests())
-        and all(isinstance(p, MinTokensLogitsProcessor) and not p.min_toks for p in processors)
+        and all(map(_is_idle, sampling_metadata.logitsprocs.non_argmax_invariant))
+    )
+
+
+def _is_idle(processor: object) -> bool:
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return not processor.min_toks
+    return isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases
+
+
+def _add_bias(logits: Tensor, processor: LogitBiasLogitsProcessor, num_rows: list[int]) -> None:
+    """Add each request's bias to its ``num_rows`` rows of ``logits``, in place."""
+    first_row = 0
+    for request, count in enumerate(num_rows):
+        if bias := processor.biases.get(request):
+            tokens = torch.tensor(list(bias), device=logits.device)
+            values = torch.tensor(list(bias.values()), device=logits.device)
+            logits[first_row : first_row + count].index_add_(1, tokens, values.expand(count, -1))
+        first_row += count
+
+
+def _per_node(step: StepTrees, sampling_metadata: SamplingMetadata) -> SamplingMetadata:
+    """What the draws depend on, with a row for each node in the place of one for each request."""
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.repeat_interleave(step.num_nodes, 0)
+
+    first, count = step.first_logits.tolist(), step.num_nodes.tolist()
+    min_p = LogitsProcessors()
+    for processor in sampling_metadata.logitsprocs.argmax_invariant:
+        if not isinstance(processor, MinPLogitsProcessor):
+            raise TypeError(f"draft trees do not know the logits processor {type(processor)}")
+        if processor.min_p_count:
+            processor = copy(processor)
+            processor.min_p = spread(processor.min_p)
+            min_p.argmax_invariant.append(processor)
+    return replace(
+        sampling_metadata,
+        temperature=spread(sampling_metadata.temperature),
+        top_k=spread(sampling_metadata.top_k),
+        top_p=spread(sampling_metadata.top_p),
+        generators={
+            first[request] + node: generator
+            for request, generator in sampling_metadata.generators.items()
+            for node in range(count[request])
+        },
+        logitsprocs=min_p,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_msd.errors import ConfigError
 from vllm_msd.tree.config import TreeConfig
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
 
 
 def tree_config(vllm_config: VllmConfig) -> TreeConfig:
@@ -19,8 +20,28 @@ def tree_config(vllm_config: VllmConfig) -> TreeConfig:
     )
 
 
+def drafts_trees(speculative_config: SpeculativeConfig | None) -> bool:
+    """Whether this is MSD's speculative config, and it asks for trees."""
+    draft = getattr(speculative_config, "draft_model_config", None)
+    return getattr(getattr(draft, "hf_config", None), "msd_tree_top_k", 1) > 1
+
+
 def wants_trees(vllm_config: VllmConfig) -> bool:
     """Whether this engine speculates with MSD and drafts trees."""
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    is_msd = hasattr(getattr(draft, "hf_config", None), "msd_tree_depth")
-    return is_msd and not tree_config(vllm_config).is_chain
+    return drafts_trees(vllm_config.speculative_config)
+
+
+def check_level_rows(vllm_config: VllmConfig) -> None:
+    """Refuse an engine whose draft levels do not fit its buffers: they hold one step's rows.
+
+    Raises:
+        ConfigError: with the settings to change.
+    """
+    scheduler, top_k = vllm_config.scheduler_config, tree_config(vllm_config).top_k
+    rows, limit = scheduler.max_num_seqs * top_k, scheduler.max_num_batched_tokens
+    if rows > limit:
+        raise ConfigError(
+            f"tree_top_k {top_k} with max_num_seqs {scheduler.max_num_seqs} drafts {rows} rows at "
+            f"once, expected at most max_num_batched_tokens ({limit}). Lower max_num_seqs or "
+            "tree_top_k, or raise max_num_batched_tokens."
+        )
