@@ -18,8 +18,16 @@ class CheckpointError(MSDError):
     """A checkpoint is missing, unreadable, incomplete, or does not fit its target."""
 
 
+class DataError(MSDError):
+    """Training data is malformed, or too much of it is broken."""
+
+
 VLLM_MISSING = (
     "vLLM is not installed. Install it together with this package: "
     'pip install "vllm-msd[gpu]" for a machine with an accelerator, '
     'pip install "vllm-msd[cpu]" for one without.'
+)
+TRAINING_MISSING = (
+    "{name} is not installed, which training needs. Install it together with this package: "
+    'pip install "vllm-msd[train]".'
 )

@@ -12,10 +12,11 @@ so the chain's arithmetic is reproduced while its tokens agree with the text, wh
 both training on the text and counting accepted tokens need.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vllm_msd.draft import DraftCache, DraftRows, MSDDraft
 
@@ -34,41 +35,99 @@ def chain_visibility(mask: Tensor, step: int) -> Tensor:
     return visible[None] & mask.repeat(1, step)[:, None]
 
 
-def unroll(draft: MSDDraft, rows: DraftRows, steps: int) -> list[Tensor]:
+def unroll(
+    draft: MSDDraft, rows: DraftRows, steps: int, checkpointing: bool = False
+) -> list[Tensor]:
     """Outputs ``[B, S, H]`` of drafting steps 1 to `steps` at every row.
 
     Rows near the start of a chain that would begin before row 0 hold numbers of no meaning; rows
     of no meaning never reach others.
+
+    Args:
+        draft: the draft model.
+        rows: its inputs, right-padded.
+        steps: how many.
+        checkpointing: compute each step again on the way back, to save memory.
     """
-    cache = DraftCache()
+    if steps == 1 and _is_right_padded(rows.attention_mask):
+        # Causal attention alone keeps right padding out of every real row.
+        inputs = (rows.token_embeds, rows.hidden_states, rows.visual_mask, rows.position_ids)
+        if checkpointing:
+            return [checkpoint(draft, *inputs, use_reentrant=False)]
+        return [draft(*inputs)]
     hidden = rows.hidden_states
-    outputs = []
+    outputs: list[Tensor] = []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for step in range(1, steps + 1):
-        visible = chain_visibility(rows.attention_mask, step)
-        # A row that sees nothing would turn into NaN and spoil its gradients.
-        own = torch.arange(visible.shape[1], device=visible.device)
-        visible[:, own, own + (step - 1) * visible.shape[1]] = True
-        out = draft(rows.token_embeds, hidden, rows.visual_mask, rows.position_ids, visible, cache)
+        arguments = (draft, rows, hidden, step, keys, values)
+        if checkpointing:
+            out, keys, values = checkpoint(_step, *arguments, use_reentrant=False)
+        else:
+            out, keys, values = _step(*arguments)
         outputs.append(out)
         hidden = torch.cat([rows.hidden_states[:, :1], out[:, :-1].to(hidden.dtype)], 1)
     return outputs
 
 
+def _step(
+    draft: MSDDraft,
+    rows: DraftRows,
+    hidden: Tensor,
+    step: int,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """One step over the keys and values of those before; leaves its arguments as they are."""
+    visible = chain_visibility(rows.attention_mask, step)
+    # A row that sees nothing would turn into NaN and spoil its gradients.
+    own = torch.arange(hidden.shape[1], device=visible.device)
+    visible[:, own, own + (step - 1) * hidden.shape[1]] = True
+    cache = DraftCache()
+    cache.keys, cache.values = list(keys), list(values)
+    if keys:
+        cache.valid = rows.attention_mask.repeat(1, step - 1)
+    out = draft(rows.token_embeds, hidden, rows.visual_mask, rows.position_ids, visible, cache)
+    return out, cache.keys, cache.values
+
+
+def _is_right_padded(mask: Tensor) -> bool:
+    """Whether every row's real columns come first."""
+    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
 @dataclass
 class ChainCount:
-    """Verifications and emitted tokens of replayed replies."""
+    """Verifications of replayed replies, and drafted tokens accepted at each depth.
+
+    Counted as vLLM does: the token that every verification adds by itself is among the `tokens`,
+    and a reply's last verification counts as a whole, also past the reply's end.
+    """
 
     verifications: int = 0
-    tokens: int = 0
-    accepted_at: list[int] | None = None
+    accepted_at: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that came of the verifications."""
+        return self.verifications + sum(self.accepted_at)
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per verification, the bonus token counted."""
+        """Tokens per verification, the target's own counted."""
         return self.tokens / max(1, self.verifications)
 
+    def add(self, accepted: int) -> None:
+        """Count one verification that accepted this many drafted tokens in a row."""
+        self.verifications += 1
+        self.accepted_at += [0] * (accepted - len(self.accepted_at))
+        for depth in range(accepted):
+            self.accepted_at[depth] += 1
 
-def replay_chains(matches: Tensor, start: int, end: int, count: ChainCount) -> None:
+
+def replay_chains(
+    matches: Tensor, start: int, end: int, count: ChainCount, known: int | None = None
+) -> None:
     """Replay greedy chain drafting over one reply and add to `count`.
 
     Args:
@@ -76,22 +135,19 @@ def replay_chains(matches: Tensor, start: int, end: int, count: ChainCount) -> N
             is the text's (see `unroll`).
         start: position of the reply's first token, which the target itself has sampled.
         end: position of its last token.
+        known: position of the last token that the target has said, as if the reply went on;
+            `end` if not given.
     """
-    steps = len(matches)
-    if count.accepted_at is None:
-        count.accepted_at = [0] * steps
+    known = end if known is None else known
     newest = start
     while newest < end:
         # Row newest - 1 pairs the last hidden state with the newest token; step k + 1 is k rows on.
         accepted = 0
         while (
-            accepted < steps
-            and newest + accepted < end
+            accepted < len(matches)
+            and newest + accepted < known
             and bool(matches[accepted, newest - 1 + accepted])
         ):
-            count.accepted_at[accepted] += 1
             accepted += 1
-        emitted = min(accepted + 1, end - newest)
-        newest += emitted
-        count.tokens += emitted
-        count.verifications += 1
+        count.add(accepted)
+        newest += accepted + 1

@@ -1,0 +1,237 @@
+"""How many drafted tokens a target accepts, counted without an engine.
+
+The target says its own greedy replies once. Drafting is then replayed along them: chains for all
+rows at once (see `unroll`), trees one verification at a time. The counting is vLLM's, so the
+figures are those of its metrics for the same requests.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_msd.draft import DraftCache, DraftRows, MSDDraft
+from vllm_msd.training.data.batches import TokenBatch, collate, kind_of
+from vllm_msd.training.data.index import BadRecord, RecordFile
+from vllm_msd.training.data.records import BadRecordError
+from vllm_msd.training.data.render import Rendered, Renderer
+from vllm_msd.training.rows import draft_rows
+from vllm_msd.training.targets import Target
+from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
+from vllm_msd.tree import TreeConfig
+from vllm_msd.tree.drafting import draft_tree
+
+
+@dataclass
+class Reply:
+    """A prompt with the target's reply.
+
+    kind: of work. talk: prompt, reply, and what the target would have said after it; the reply is
+    positions `start` to `end`.
+    """
+
+    kind: str
+    talk: Rendered
+    start: int
+    end: int
+
+
+@dataclass
+class Figures:
+    """What was counted for one kind of work.
+
+    right, rows: by drafting step, guesses that were the target's choice, of how many.
+    """
+
+    count: ChainCount = field(default_factory=ChainCount)
+    right: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, right: Sequence[int], rows: Sequence[int]) -> None:
+        """Add guesses by drafting step."""
+        self.right = [a + b for a, b in zip(self.right or [0] * len(right), right, strict=True)]
+        self.rows = [a + b for a, b in zip(self.rows or [0] * len(rows), rows, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: acceptance length, and rates by depth."""
+        count = self.count
+        table: dict[str, Any] = {
+            "acceptance_length": round(count.acceptance_length, 4),
+            "verifications": count.verifications,
+            "accepted_at_depth": [
+                round(n / max(1, count.verifications), 4) for n in count.accepted_at
+            ],
+        }
+        if self.rows:
+            pairs = zip(self.right, self.rows, strict=True)
+            table["accuracy_at_depth"] = [round(r / max(1, n), 4) for r, n in pairs]
+        return table
+
+
+def greedy_replies(
+    target: Target,
+    renderer: Renderer,
+    records: Iterable[tuple[RecordFile, int]],
+    max_tokens: int,
+    beyond: int,
+    batch_size: int = 8,
+    report: Callable[[int], None] = lambda done: None,
+) -> tuple[list[Reply], list[BadRecord]]:
+    """Let the target answer the last question of every record.
+
+    Args:
+        target, renderer: who answers, and how prompts are rendered.
+        records: files and record numbers.
+        max_tokens: of a reply.
+        beyond: tokens after a reply's end, as many as are drafted at once.
+        batch_size: prompts at a time.
+        report: called with the number of records done.
+
+    Returns:
+        Replies of at least two tokens (a shorter one is never drafted), and broken records.
+    """
+    prompts: list[tuple[str, Rendered]] = []
+    bad = []
+    for file, number in records:
+        try:
+            record = file[number]
+            prompts.append((kind_of(record, file), renderer.prompt(record)[0]))
+        except BadRecordError as error:
+            bad.append(BadRecord(file.path.name, file.line(number), str(error)))
+    prompts.sort(key=lambda item: len(item[1].input_ids))
+    replies = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        batch = collate([p for _, p in chunk], target.pad_id, left=True).to(target.device)
+        said = target.generate(batch, max_tokens, beyond)
+        for (kind, prompt), reply in zip(chunk, said, strict=True):
+            length = next((i + 1 for i, t in enumerate(reply) if t in target.end_ids), max_tokens)
+            length = min(length, max_tokens)
+            if length > 1:
+                replies.append(_reply(kind, prompt, reply, length))
+        report(len(chunk))
+    return replies, bad
+
+
+def _reply(kind: str, prompt: Rendered, reply: list[int], length: int) -> Reply:
+    start = len(prompt.input_ids)
+    ids = torch.cat([prompt.input_ids, torch.tensor(reply)])
+    mask = torch.zeros(len(ids), dtype=torch.bool)
+    mask[start : start + length] = True
+    extras = {
+        name: torch.nn.functional.pad(value, (0, len(reply)))
+        if value.shape == (1, start)
+        else value
+        for name, value in prompt.extras.items()
+    }
+    return Reply(kind, Rendered(ids, mask, extras), start, start + length - 1)
+
+
+@torch.no_grad()
+def chain_acceptance(
+    target: Target,
+    draft: MSDDraft,
+    replies: Sequence[Reply],
+    steps: int,
+    visual_rows: str = "decoupled",
+    batch_size: int = 8,
+) -> dict[str, Figures]:
+    """Replay greedy chains of `steps` tokens; figures by kind of work."""
+    found: dict[str, Figures] = defaultdict(Figures)
+    for start in range(0, len(replies), batch_size):
+        chunk = replies[start : start + batch_size]
+        batch, rows = _rows(target, chunk, visual_rows)
+        truth = batch.input_ids.roll(-2, 1)
+        outputs = unroll(draft, rows, steps)
+        matches = torch.stack([_choice(target, out) == truth for out in outputs]).cpu()
+        for row, reply in enumerate(chunk):
+            figures = found[reply.kind]
+            own = matches[:, row]
+            replay_chains(own, reply.start, reply.end, figures.count, len(reply.talk.input_ids) - 1)
+            # Step k + 1 at row j goes on from a chain that began k rows before.
+            spans = [own[k, reply.start - 1 + k : reply.end - 1] for k in range(steps)]
+            figures.add([int(s.sum()) for s in spans], [len(s) for s in spans])
+    return dict(found)
+
+
+@torch.no_grad()
+def tree_acceptance(
+    target: Target,
+    draft: MSDDraft,
+    replies: Sequence[Reply],
+    tree: TreeConfig,
+    visual_rows: str = "decoupled",
+) -> dict[str, Figures]:
+    """Replay drafting with dynamic trees, one verification after another; figures by kind."""
+    found: dict[str, Figures] = defaultdict(Figures)
+
+    def head(hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden.to(target.head.dtype), target.head)
+
+    for reply in replies:
+        batch, rows = _rows(target, [reply], visual_rows)
+        ids = batch.input_ids[0].tolist()
+        cache, fed, newest = DraftCache(), 0, reply.start
+        while newest < reply.end:
+            # Rows up to the one that pairs with the newest token; their hidden states are the
+            # target's, as after a verification.
+            part = DraftRows(*(x[:, fed:newest] for x in rows))
+            last = draft(*part, cache)[:, -1]
+            fed = newest
+            root = batch.input_ids[:, newest]
+            grown = draft_tree(
+                draft, cache, last, root, lambda t: target.embed(t).float(), head, tree.shape
+            )
+            accepted = _walk(grown.tokens[0].tolist(), grown.parents[0].tolist(), ids[newest + 1 :])
+            found[reply.kind].count.add(accepted)
+            newest += accepted + 1
+    return dict(found)
+
+
+def _walk(tokens: list[int], parents: list[int], text: list[int]) -> int:
+    """How many tokens of the text the tree's best path holds."""
+    node = accepted = 0
+    for token in text:
+        child = next(
+            (i for i in range(1, len(tokens)) if parents[i] == node and tokens[i] == token), None
+        )
+        if child is None:
+            break
+        node, accepted = child, accepted + 1
+    return accepted
+
+
+def _rows(
+    target: Target, replies: Sequence[Reply], visual_rows: str
+) -> tuple[TokenBatch, DraftRows]:
+    batch = collate([reply.talk for reply in replies], target.pad_id).to(target.device)
+    return batch, draft_rows(target.features(batch), target.embed, visual_rows)
+
+
+def _choice(target: Target, out: Tensor) -> Tensor:
+    """The target's head on a draft's outputs, its best token; row by row, to spare memory."""
+    rows = [torch.nn.functional.linear(x.to(target.head.dtype), target.head) for x in out]
+    return torch.stack([logits.argmax(-1) for logits in rows])
+
+
+def summary(found: dict[str, Figures]) -> dict[str, Any]:
+    """Figures for JSON: by kind, and over all requests."""
+    everything = Figures()
+    for figures in found.values():
+        everything.count.verifications += figures.count.verifications
+        mine, theirs = everything.count.accepted_at, figures.count.accepted_at
+        width = max(len(mine), len(theirs))
+        everything.count.accepted_at = [
+            a + b for a, b in zip(_padded(mine, width), _padded(theirs, width), strict=True)
+        ]
+        if figures.rows:
+            everything.add(figures.right, figures.rows)
+    kinds = {kind: found[kind].as_dict() for kind in sorted(found)}
+    return {"all": everything.as_dict(), "kinds": kinds}
+
+
+def _padded(counts: list[int], width: int) -> list[int]:
+    return counts + [0] * (width - len(counts))

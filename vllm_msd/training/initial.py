@@ -1,0 +1,124 @@
+"""The shape of a draft for a target, and the weights that training starts from."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from vllm_msd.checkpoint import load_draft
+from vllm_msd.draft import MSDDraft, MSDDraftConfig, TargetInfo
+from vllm_msd.errors import ConfigError
+from vllm_msd.training.targets import Target
+
+# How much larger than text rows visual rows are taken to be.
+VISUAL_SCALE = 8.0
+
+
+def draft_config(
+    target: Target, name: str = "", layers: int = 1, layer_type: str = "auto"
+) -> MSDDraftConfig:
+    """A draft with the target's own layer shapes, in the published conventions of its type.
+
+    Args:
+        target: what it is to draft for.
+        name: what the config names as its target; the target's own name if empty.
+        layers: decoder layers.
+        layer_type: ``llama``, ``qwen2``, or ``auto`` for what suits the target.
+    """
+    text = target.text
+    layer_type = target.layer_type if layer_type == "auto" else layer_type
+    is_qwen = layer_type == "qwen2"
+    heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
+    architecture = (target.config.architectures or [type(target.model).__name__])[0]
+    return MSDDraftConfig(
+        layer_type=layer_type,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_hidden_layers=layers,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=float(rope.get("rope_theta") or 10000.0),
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+        attention_bias=is_qwen,
+        input_norm=is_qwen,
+        torch_dtype="bfloat16",
+        target=TargetInfo(
+            name or _absolute(target.name), architecture, text.hidden_size, text.vocab_size
+        ),
+    )
+
+
+def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) -> MSDDraft:
+    """A draft in float32 on the CPU.
+
+    Args:
+        target: what it is to draft for.
+        config: its shapes.
+        init: ``target``: the first layer starts as a copy of the target's last one, the fusion
+            layer passes the hidden state on. ``random``: PyTorch's own start. Else the folder of a
+            draft to go on from.
+        seed: of what is random.
+
+    Raises:
+        ConfigError: the draft to go on from has other shapes.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        draft = MSDDraft(config)
+        if init == "random":
+            return draft
+        if init != "target":
+            return _loaded(draft, init)
+        last = target.last_layer.state_dict()
+        state = draft.state_dict()
+        for name in state:
+            source = last.get(name.removeprefix("layers.0."))
+            if source is not None and source.shape == state[name].shape:
+                state[name] = source.float().cpu().clone()
+            elif name.endswith("_proj.bias"):
+                state[name] = torch.zeros_like(state[name])
+        draft.load_state_dict(state)
+        with torch.no_grad():
+            draft.fc.weight[:, config.hidden_size :] += torch.eye(config.hidden_size)
+            if not config.input_norm:
+                _open_heads_for_images(draft)
+    return draft
+
+
+def _loaded(draft: MSDDraft, folder: str) -> MSDDraft:
+    config, weights = load_draft(folder)
+    state = {k: v.float() for k, v in weights.items() if k != "embed_tokens.weight"}
+    if config.weight_shapes() != draft.config.weight_shapes():
+        raise ConfigError(
+            f"init: the draft {folder} has other shapes than one for this target. Give another "
+            "draft, or start from the target (--init target)."
+        )
+    draft.load_state_dict(state)
+    return draft
+
+
+def _open_heads_for_images(draft: MSDDraft) -> None:
+    """Start the second half of the first layer's heads anew, with small keys and values.
+
+    Visual rows enter raw and, without an input norm, many times larger than text rows (ten times
+    in the demo pair). With copied weights their attention logits are huge, the first steps shut
+    them out, and a soft-max that gives them nothing never lets them back in.
+    """
+    attention = draft.layers[0].self_attn
+    half = attention.q_proj.out_features // 2
+    if half % attention.head_dim or attention.k_proj.out_features != 2 * half:
+        return  # grouped keys belong to copied heads as well
+    std = attention.q_proj.in_features**-0.5
+    attention.q_proj.weight[half:].normal_(0.0, std)
+    attention.k_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
+    attention.v_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
+    attention.o_proj.weight[:, half:].normal_(0.0, 0.5 * std)
+
+
+def _absolute(name: str) -> str:
+    """A folder's full path; a hub name as it is."""
+    return os.fspath(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,0 +1,69 @@
+"""One micro-batch's part of a step's loss, as sums that add up over micro-batches and processes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vllm_msd.draft import DraftRows, MSDDraft
+from vllm_msd.training.losses import row_distances, token_losses
+from vllm_msd.training.unroll import unroll
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the two losses (arXiv 2505.14260) and of the drafting steps after the first."""
+
+    regression: float = 1.0
+    distillation: float = 0.1
+    step_decay: float = 0.8
+
+
+class DraftObjective(nn.Module):
+    """The draft with its loss, in one forward pass, so that data parallelism wraps both.
+
+    Args:
+        draft: to be trained.
+        steps: how deep each row is drafted; the draft reads its own outputs after the first.
+        weights: of the parts.
+        checkpointing: compute the draft again on the way back.
+    """
+
+    def __init__(
+        self,
+        draft: MSDDraft,
+        steps: int = 1,
+        weights: LossWeights = LossWeights(),
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.draft = draft
+        self.steps = steps
+        self.weights = weights
+        self.checkpointing = checkpointing
+
+    def forward(
+        self, rows: DraftRows, hidden: Tensor, mask: Tensor, head: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the rows that count.
+
+        Args:
+            rows: the draft's inputs, right-padded.
+            hidden: ``[B, S, H]`` the target's hidden states; row j should give number j + 1.
+            mask: ``[B, S]`` bool, rows that count. Never the last one.
+            head: ``[V, H]`` the target's head.
+
+        Returns:
+            The weighted loss's sum, and float32 ``[3, K]`` without gradient: by drafting step the
+            sums of the regression and the distillation loss, and the rows that agree.
+        """
+        wanted = hidden[:, 1:][mask[:, :-1]]
+        outputs = unroll(self.draft, rows, self.steps, self.checkpointing)
+        predicted = torch.stack([out[mask] for out in outputs])
+        regression = row_distances(predicted, wanted).sum(1)
+        surprise, agrees = token_losses(predicted, wanted, head)
+        distillation = surprise.sum(1)
+        by_step = self.weights.step_decay ** torch.arange(self.steps, device=predicted.device)
+        loss = self.weights.regression * regression + self.weights.distillation * distillation
+        figures = torch.stack([regression, distillation, agrees.sum(1).float()]).detach()
+        return (by_step * loss).sum(), figures
