@@ -94,6 +94,11 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
         tree = guards.check_engine(
             self, request, draft, name, target_model_config, target_parallel_config
         )
+        backend = None if tree.is_chain else guards.tree_attention_backend(self, request)
+        if backend is not None:
+            if self.attention_config.backend is None:  # the two are exclusive
+                self.attention_backend = backend
+            request["attention_backend"] = backend.name
         vllm_request = {**request, "method": "eagle", "model": name}
         for key in guards.TREE_KEYS:
             del vllm_request[key]

@@ -140,6 +140,15 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="Support for vLLM 0.32 ends; 0.33 schedules without the look-ahead.",
     ),
     Patch(
+        name="sampling-params",
+        target="vllm.sampling_params:SamplingParams._validate_spec_decode",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "speculative_config")),
+        make="vllm_msd.vllm_plugin.sampling_params:wrap_validate_spec_decode",
+        what="Lets min_p and logit_bias through to an engine that drafts trees.",
+        why="vLLM refuses them with any speculation; trees are sampled row by row, so they hold.",
+        remove_when="vLLM's rejection samplers of both runners apply them.",
+    ),
+    Patch(
         name="tree-series",
         target="vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
         parameters=dict.fromkeys(

@@ -1,0 +1,22 @@
+"""min_p and logit_bias under draft trees.
+
+vLLM refuses both with any speculation, because Model Runner V1's rejection sampler leaves them out.
+Trees are sampled by our own samplers, which treat every row as a step of its own.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_msd.vllm_plugin.trees.settings import drafts_trees
+
+
+def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
+    """Replacement of ``SamplingParams._validate_spec_decode``."""
+
+    @functools.wraps(original)
+    def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not drafts_trees(speculative_config):
+            original(self, speculative_config)
+
+    return validate_spec_decode
