@@ -10,7 +10,7 @@ from typing_extensions import override
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.spec_decode.utils import compute_new_slot_mapping
+from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from vllm_msd.tree import DraftTree, grow_tree
 from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
@@ -102,8 +102,8 @@ class TreeProposer(MSDProposer):
         """
         k = self.shape.top_k
         batch, num_rows = len(root_tokens), len(root_tokens) * k
-        own_row = torch.arange(k, device=self.device)
         query_start = self.arange[: batch + 1] * k
+        slots = self._slots(first_slots, block_table)
         tree_rows: TreeRows | None = None
 
         def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
@@ -114,25 +114,16 @@ class TreeProposer(MSDProposer):
                 tree_rows = TreeRows(first_slots.int(), ancestors, is_draft=True)
             else:
                 tree_rows = tree_rows.next_level(ancestors)
-            slots = (first_slots + level * k)[:, None] + own_row
             attention = CommonAttentionMetadata(
                 query_start_loc=query_start,
                 query_start_loc_cpu=query_start.cpu(),
-                seq_lens=(slots[:, -1] + 1).int(),
+                seq_lens=(first_slots + (level + 1) * k).int(),
                 num_reqs=batch,
                 num_actual_tokens=num_rows,
                 max_query_len=k,
                 max_seq_len=self.max_model_len,
                 block_table_tensor=block_table,
-                slot_mapping=first_slots,  # replaced below: the helper wants the record first
-            )
-            attention.slot_mapping = compute_new_slot_mapping(
-                attention,
-                slots.flatten(),
-                torch.zeros(num_rows, dtype=torch.bool, device=self.device),
-                self.block_size,
-                0,
-                self.max_model_len,
+                slot_mapping=slots[:, level].flatten(),
             )
             positions = (first_slots + level).clamp(max=self.max_model_len - 1)
             out = self._run_level(
@@ -147,6 +138,16 @@ class TreeProposer(MSDProposer):
 
         logits = self.model.compute_logits(hidden)
         return grow_tree(root_tokens, logits, hidden, expand, self.shape)
+
+    def _slots(self, first_slots: Tensor, block_table: Tensor) -> Tensor:
+        """Cache slots of all levels' rows ``[B, levels, top_k]``, -1 past the model's limit."""
+        num_rows = self.shape.depth * self.shape.top_k
+        position = first_slots[:, None] + torch.arange(num_rows, device=self.device)
+        inside = position.clamp(max=self.max_model_len - 1)
+        block = block_table.gather(1, inside // self.block_size).long()
+        slots = block * self.block_size + inside % self.block_size
+        slots.masked_fill_(position >= self.max_model_len, PADDING_SLOT_ID)
+        return slots.unflatten(1, (self.shape.depth, self.shape.top_k))
 
     def _run_level(
         self,
