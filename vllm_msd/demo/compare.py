@@ -87,7 +87,7 @@ def compare(
                 for name in names[first:] + names[:first]
             }
             if round_index == 0:
-                comparisons.append(Comparison(one, answers))
+                comparisons.append(Comparison(one, {name: answers[name] for name in names}))
             comparisons[index].timings.append(
                 {name: (a.decode_tokens, a.decode_seconds) for name, a in answers.items()}
             )

@@ -230,29 +230,30 @@ class Engine:
             text = longer
         return answer
 
-    def _verified_tree(self, before: int) -> VerifiedTree | None:
-        """The tree of the step just done, with one request in it; None if it verified none."""
+    def _verified_tree(self, before: list[int]) -> VerifiedTree | None:
+        """The tree of the step just done, with one request in it; None if it verified none.
+
+        ``before`` are the answer's tokens up to the root, which the runner may not write down.
+        """
         sampler = self.model_runner.rejection_sampler
         if self.llm.vllm_config.use_v2_model_runner:
             verified, sampler.verified = sampler.verified, None
             if verified is None:
                 return None
-            tree, num_nodes, accepted = verified
+            rows, parents, row_start, accepted = verified
+            tokens, size = rows, int(row_start[1] - row_start[0])
         else:
             if sampler.step is None:
                 return None
-            tree, num_nodes, accepted = (
-                sampler.step.tree,
-                sampler.step.num_nodes,
-                sampler.acceptance,
-            )
-        size, length = int(num_nodes[0]), int(accepted.lengths[0]) + 1
+            tree, accepted = sampler.step.tree, sampler.acceptance
+            tokens, parents, size = tree.tokens[0], tree.parents, int(sampler.step.num_nodes[0])
+        length = int(accepted.lengths[0]) + 1
         return VerifiedTree(
-            tree.tokens[0, :size].tolist(),
-            tree.parents[0, :size].tolist(),
+            [before[-1], *tokens[1:size].tolist()],
+            parents[0, :size].tolist(),
             accepted.nodes[0, :length].tolist(),
             accepted.tokens[0, :length].tolist(),
-            before,
+            len(before),
         )
 
     def _add(self, answer: Answer, delta: Any, seconds: float) -> None:
@@ -270,7 +271,7 @@ class Engine:
             answer.accepted_per_position = [
                 a + b for a, b in zip(before, per_position, strict=True)
             ]
-        if self._keep_trees and (tree := self._verified_tree(len(answer.token_ids))) is not None:
+        if self._keep_trees and (tree := self._verified_tree(answer.token_ids)) is not None:
             answer.trees.append(tree)
         if new:
             # The target's own token comes last; a stop may have cut it and some accepted ones off.
