@@ -81,6 +81,22 @@ def add_parsers(subparsers) -> None:
     )
     run.set_defaults(func=run_demo)
 
+    data = commands.add_parser(
+        "data", help="write the demo's small world as training data for `vllm-msd train`"
+    )
+    data.add_argument("--output", type=Path, default=Path("build/world"), help="folder")
+    data.add_argument(
+        "--records", type=_positive, default=4000, help="of each sort (default: %(default)s)"
+    )
+    data.add_argument("--seed", type=int, default=0)
+    data.add_argument(
+        "--split", choices=("train", "test"), default="train", help="test: held-out contents"
+    )
+    data.add_argument(
+        "--target", default="", help="let this target answer the last question of each record"
+    )
+    data.set_defaults(func=run_data)
+
     build = commands.add_parser(
         "build", help="train the pair again from scratch (about an hour and a half on two cores)"
     )
@@ -129,6 +145,17 @@ def run_demo(args: argparse.Namespace) -> int:
         wide=None if args.skip_wide else args.wide,
     )
     return run_demo(settings, args.output, args.json)
+
+
+def run_data(args: argparse.Namespace) -> int:
+    """Write the world and print where it lies."""
+    from vllm_msd.demo.write_data import write_data
+
+    found = write_data(
+        args.output, args.records, args.seed, args.split, target=args.target, report=_to_stderr
+    )
+    print(json.dumps({name: str(path) for name, path in found.items()}))
+    return 0
 
 
 def run_build(args: argparse.Namespace) -> int:

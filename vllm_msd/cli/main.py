@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from vllm_msd import __version__
 from vllm_msd.errors import VLLM_MISSING, MSDError
 
-COMMAND_MODULES = ("doctor", "checkpoint_commands", "demo_commands")
+COMMAND_MODULES = ("doctor", "checkpoint_commands", "training_commands", "demo_commands")
 
 
 def build_parser() -> argparse.ArgumentParser:

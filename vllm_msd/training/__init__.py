@@ -1,4 +1,22 @@
-"""Training an MSD draft: losses, curriculum, feature noise, unrolled drafting, a first loop.
+"""Training an MSD draft for a target of one's own.
 
-`losses`, `curriculum` and `unroll` are plain PyTorch; `features` runs the target.
+    from vllm_msd.training import TrainSettings, train
+
+    train(TrainSettings.load("run.yaml", output="drafts/mine"))
+
+`settings` is the one table of options, `data` reads and renders conversations, `targets` runs the
+frozen target, `engine` is the loop; `losses`, `curriculum` and `unroll` are the mathematics.
 """
+
+from typing import Any
+
+from vllm_msd.training.settings import TrainSettings
+
+__all__ = ["TrainSettings", "train"]
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train a draft (see `engine.train`); importing torch waits until here."""
+    from vllm_msd.training import engine
+
+    return engine.train(settings)

@@ -8,6 +8,7 @@ figures are those of its metrics for the same requests.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ class Figures:
     right: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
-    def add(self, right: Sequence[int], rows: Sequence[int]) -> None:
-        """Add guesses by drafting step."""
-        self.right = [a + b for a, b in zip(self.right or [0] * len(right), right, strict=True)]
-        self.rows = [a + b for a, b in zip(self.rows or [0] * len(rows), rows, strict=True)]
+    def join(self, other: "Figures") -> None:
+        """Add another's counts."""
+        self.count.verifications += other.count.verifications
+        self.count.accepted_at = _sums(self.count.accepted_at, other.count.accepted_at)
+        self.right = _sums(self.right, other.right)
+        self.rows = _sums(self.rows, other.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: acceptance length, and rates by depth."""
@@ -130,6 +133,11 @@ def _reply(kind: str, prompt: Rendered, reply: list[int], length: int) -> Reply:
     return Reply(kind, Rendered(ids, mask, extras), start, start + length - 1)
 
 
+def _sums(first: list[int], second: list[int]) -> list[int]:
+    """Sums by place; a shorter list counts as zero where it ends."""
+    return [a + b for a, b in zip_longest(first, second, fillvalue=0)]
+
+
 @torch.no_grad()
 def chain_acceptance(
     target: Target,
@@ -153,7 +161,8 @@ def chain_acceptance(
             replay_chains(own, reply.start, reply.end, figures.count, len(reply.talk.input_ids) - 1)
             # Step k + 1 at row j goes on from a chain that began k rows before.
             spans = [own[k, reply.start - 1 + k : reply.end - 1] for k in range(steps)]
-            figures.add([int(s.sum()) for s in spans], [len(s) for s in spans])
+            figures.right = _sums(figures.right, [int(s.sum()) for s in spans])
+            figures.rows = _sums(figures.rows, [len(s) for s in spans])
     return dict(found)
 
 
@@ -217,21 +226,19 @@ def _choice(target: Target, out: Tensor) -> Tensor:
     return torch.stack([logits.argmax(-1) for logits in rows])
 
 
+def merge(parts: Iterable[dict[str, Figures]]) -> dict[str, Figures]:
+    """Figures of several processes, added up by kind."""
+    found: dict[str, Figures] = defaultdict(Figures)
+    for part in parts:
+        for kind, figures in part.items():
+            found[kind].join(figures)
+    return dict(found)
+
+
 def summary(found: dict[str, Figures]) -> dict[str, Any]:
     """Figures for JSON: by kind, and over all requests."""
     everything = Figures()
     for figures in found.values():
-        everything.count.verifications += figures.count.verifications
-        mine, theirs = everything.count.accepted_at, figures.count.accepted_at
-        width = max(len(mine), len(theirs))
-        everything.count.accepted_at = [
-            a + b for a, b in zip(_padded(mine, width), _padded(theirs, width), strict=True)
-        ]
-        if figures.rows:
-            everything.add(figures.right, figures.rows)
+        everything.join(figures)
     kinds = {kind: found[kind].as_dict() for kind in sorted(found)}
     return {"all": everything.as_dict(), "kinds": kinds}
-
-
-def _padded(counts: list[int], width: int) -> list[int]:
-    return counts + [0] * (width - len(counts))

@@ -1,0 +1,76 @@
+"""Figures of a run as they come (TensorBoard) and as one picture (`curves.png`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Board:
+    """Writes rows of the log to TensorBoard."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a broken run wrote after its checkpoint is done again.
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add one row; lists become one curve per drafting step."""
+        for name, value in _flat(row):
+            self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def _flat(row: dict[str, Any]) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found += [(f"{name}/{k}", v) for k, v in value.items()]
+        elif isinstance(value, list):
+            found += [(f"{name}/depth{i}", v) for i, v in enumerate(value, 1)]
+        elif name != "step":
+            found.append((name, value))
+    return found
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw losses, accuracy per depth, the mix of data and acceptance length of all rows."""
+    # Without pyplot, which would look for a screen.
+    from matplotlib.figure import Figure
+
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "acceptance_length" in row]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    losses, agreement, mix, acceptance = figure.subplots(2, 2).flatten()
+    at = [row["step"] for row in steps]
+    losses.plot(at, [row["loss"] for row in steps], label="weighted sum")
+    for name in ("regression", "distillation"):
+        losses.plot(at, [row[name][0] for row in steps], label=name)
+    losses.set_title("losses (first step)")
+    depth = len(steps[0]["agreement"]) if steps else 0
+    for k in range(depth):
+        agreement.plot(at, [row["agreement"][k] for row in steps], label=f"depth {k + 1}")
+    agreement.set_title("share of rows whose token is the target's")
+    mix.plot(at, [row["multimodal"] for row in steps], label="multimodal")
+    mix.plot(at, [1 - row["multimodal"] for row in steps], label="text")
+    mix.set_ylim(-0.02, 1.02)
+    mix.set_title("share of records")
+    kinds = sorted({kind for row in evaluations for kind in row["acceptance_length"]})
+    for kind in kinds:
+        found = [
+            (r["step"], r["acceptance_length"][kind])
+            for r in evaluations
+            if kind in r["acceptance_length"]
+        ]
+        acceptance.plot(*zip(*found, strict=True), marker=".", label=kind)
+    acceptance.set_title("held-out records: tokens per verification")
+    for axes in (losses, agreement, mix, acceptance):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)

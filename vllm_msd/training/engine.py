@@ -1,0 +1,427 @@
+"""The training loop: one process here, any number under `torchrun` or `accelerate launch`.
+
+A step is a pure function of settings, step number and weights. Records, their order and the noise
+come from the seed and the step; every process takes its part of the step's records, and the loss is
+divided by the count of rows in all of them. So neither the number of processes, nor the size of
+micro-batches, nor a kill and resume changes the losses beyond rounding.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vllm_msd.checkpoint import save_draft
+from vllm_msd.errors import ConfigError, DataError
+from vllm_msd.provenance import provenance
+from vllm_msd.training import acceptance, curves, rows
+from vllm_msd.training.data.batches import (
+    Corpus,
+    Example,
+    StepData,
+    StepDataset,
+    collate,
+    image_roots,
+)
+from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.data.plan import DataPlan, seeded, share_of_multimodal
+from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
+from vllm_msd.training.initial import draft_config, initial_draft
+from vllm_msd.training.losses import EPSILON
+from vllm_msd.training.objective import DraftObjective, LossWeights
+from vllm_msd.training.run_files import RunFolder, describe_data, write_json
+from vllm_msd.training.settings import TrainSettings
+from vllm_msd.training.targets import Features, Target
+from vllm_msd.training.window import Window
+
+_NOISE = 102  # a stream of random numbers beside those of the data
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train a draft; returns the last figures.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can mend.
+    """
+    return Trainer(settings).run()
+
+
+class Trainer:
+    """State of one process of a run.
+
+    Args:
+        settings: of the run.
+        target: instead of loading the one that the settings name.
+    """
+
+    def __init__(self, settings: TrainSettings, target: Target | None = None) -> None:
+        self.settings = settings
+        self.folder = RunFolder(settings.output)
+        self.accelerator = Accelerator(cpu=settings.device == "cpu")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.device = self.accelerator.device
+        if settings.batch_size % self.world:
+            raise ConfigError(
+                f"batch_size: got {settings.batch_size}, expected a multiple of the "
+                f"{self.world} processes."
+            )
+        self.folder.check(settings)
+        with_text, with_images = settings.text_data, settings.multimodal_data
+        text = [RecordFile(p, with_images=False) for p in with_text]
+        multimodal = [RecordFile(p) for p in with_images]
+        files = [*text, *multimodal]
+        names = [file.path.name for file in files]
+        if len(set(names)) < len(names):
+            raise ConfigError("data files: got two of the same name. Rename one of them.")
+        self.corpus = Corpus(text, multimodal, settings.eval_records, settings.seed)
+        self.data = describe_data(files)
+        self.target = target or Target.load(
+            settings.target, settings.target_dtype, settings.attention, self.device
+        )
+        roots = image_roots(settings.image_root, files)
+        self.renderer = self.target.renderer(roots, settings.max_length)
+        self.steps = settings.steps or max(
+            1, round(settings.epochs * sum(self.corpus.num_training) / settings.batch_size)
+        )
+        self.plan = self._plan()
+        self.cache = self._cache()
+        self.dataset = StepDataset(
+            self.corpus, self.plan, self.renderer, self.rank, self.world, self.cache
+        )
+        self._prepare_draft()
+        self.step = 0
+        self.best = 0.0
+        self.trained_seconds = 0.0
+        self.replies: list[acceptance.Reply] | None = None
+        self.board: curves.Board | None = None
+
+    def _plan(self) -> DataPlan:
+        s = self.settings
+        share = share_of_multimodal(
+            s.curriculum, self.steps, s.curriculum_epochs, s.curriculum_share, s.visual_share
+        )
+        return DataPlan(self.corpus.weights(), s.batch_size, share, s.length_pool, s.seed)
+
+    def _cache(self) -> FeatureCache | None:
+        s = self.settings
+        if not s.cache_features:
+            return None
+        about = {
+            "target": self.target.identity(),
+            "data": {entry["file"]: entry["sha256"] for entry in self.data},
+            "max_length": s.max_length,
+        }
+        return FeatureCache(Path(s.cache_features).expanduser(), about, self.rank)
+
+    def _prepare_draft(self) -> None:
+        s = self.settings
+        self.config = draft_config(self.target, s.target_name, s.layers, s.layer_type)
+        draft = initial_draft(self.target, self.config, s.init, s.seed)
+        weights = LossWeights(s.regression_weight, s.distillation_weight, s.step_decay)
+        objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
+        optimizer = torch.optim.AdamW(
+            objective.parameters(), s.learning_rate, (0.9, 0.95), weight_decay=s.weight_decay
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
+        )
+        self.head = self.target.head.bfloat16() if s.precision == "bf16" else self.target.head
+
+    # The run ----------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end (or `stop_after_minutes`); returns the last figures."""
+        s = self.settings
+        self._start_or_resume()
+        started = time.monotonic() - self.trained_seconds
+        deadline = time.monotonic() + 60 * s.stop_after_minutes if s.stop_after_minutes else None
+        window = Window(s.draft_steps)
+        bar = tqdm(
+            total=self.steps, initial=self.step, unit="step", disable=not self.is_main,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        figures: dict[str, Any] = {}
+        stopped = False
+        self.objective.train()
+        batches = iter(self._batches())
+        while self.step < self.steps and not stopped:
+            with window.phase("data", self.device):
+                data = next(batches)
+            is_late = deadline is not None and time.monotonic() > deadline
+            stopped = self.train_step(data, window, is_late)
+            self.step += 1
+            self.trained_seconds = time.monotonic() - started
+            bar.update()
+            is_last = stopped or self.step == self.steps
+            is_saving = is_last or self.step % s.save_every == 0
+            if is_saving or self.step % s.log_every == 0:
+                figures = window.row(self.step, self.rate(self.step - 1), self.plan)
+                window = Window(s.draft_steps)
+                self._log(figures)
+                bar.set_postfix_str(
+                    f"loss {figures['loss']:.3f}, agree {figures['agreement'][0]:.3f}, "
+                    f"{figures['tokens_per_second']:.0f} tok/s"
+                )
+            if s.eval_records and (is_last or self.step % s.eval_every == 0):
+                figures |= self._evaluate()
+            if is_saving:
+                self._save()
+        bar.close()
+        return self._finish(figures)
+
+    def _start_or_resume(self) -> None:
+        if self.is_main:
+            if self.settings.resume:
+                self.folder.check_data(self.data)
+            else:
+                about = {
+                    "settings": self.settings.as_dict(),
+                    "data": self.data,
+                    "target": self.target.identity(),
+                }
+                self.folder.start(about, self.corpus.bad)
+        self.accelerator.wait_for_everyone()
+        self.bad = self.folder.listed()
+        # Every process counts what it finds; what is known already is counted by the first one.
+        self.num_bad = len(self.bad) if self.is_main else 0
+        self._check_bad(len(self.bad))
+        checkpoint = self.folder.newest_checkpoint() if self.settings.resume else None
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+            state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+            self.step, self.best = state["step"], state["best"]
+            self.trained_seconds = state["seconds"]
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self.folder.cut_log(self.step)
+            self.board = curves.Board(self.folder.folder / "tensorboard", self.step)
+
+    def _batches(self) -> Iterator[StepData]:
+        workers = self.settings.workers
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=range(self.step, self.steps),
+                num_workers=workers,
+                prefetch_factor=2 if workers else None,
+            )
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, from 0."""
+        s = self.settings
+        warmup = min(s.warmup_steps, max(1, self.steps // 2))
+        if step < warmup:
+            return s.learning_rate * (step + 1) / warmup
+        past = (step - warmup) / max(1, self.steps - warmup)
+        factor = {"cosine": 0.5 * (1 + math.cos(math.pi * past)), "linear": 1 - past}
+        return s.learning_rate * factor.get(s.decay, 1.0)
+
+    def train_step(self, data: StepData, window: Window, is_late: bool = False) -> bool:
+        """One step; returns whether the first process wants to stop here."""
+        s = self.settings
+        fresh = [bad for bad in dict.fromkeys(data.bad) if bad not in self.bad]
+        self.bad.update(fresh)
+        self.folder.skip(fresh)
+        self.num_bad += len(fresh)
+        size = s.micro_batch_size or len(data.examples)
+        micro = [data.examples[i : i + size] for i in range(0, len(data.examples), size)]
+        cached = [self._cached(examples) for examples in micro]
+        count = sum(self._num_rows(*pair) for pair in zip(micro, cached, strict=True))
+        totals = torch.tensor(
+            [count, self.num_bad, is_late and self.is_main], dtype=torch.float64,
+            device=self.device,
+        )  # fmt: skip
+        count, num_bad, stop = self.accelerator.reduce(totals, "sum").tolist()
+        self._check_bad(int(num_bad))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(data.step)
+        sums = torch.zeros(3, s.draft_steps, device=self.device)
+        loss_sum = torch.zeros((), device=self.device)
+        tokens = 0
+        for number, (examples, known) in enumerate(zip(micro, cached, strict=True), 1):
+            with window.phase("target", self.device):
+                features = self._features(examples, known)
+            tokens += int(features.lengths.sum())
+            is_last = number == len(micro)
+            with window.phase("draft", self.device):
+                # Gradients meet once, on the last micro-batch.
+                apart = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
+                with apart:
+                    loss, figures = self._loss(features, examples, data.step)
+                    # Averaging over processes divides by their number once more.
+                    self.accelerator.backward(loss * (self.world / (count + EPSILON)))
+                sums += figures
+                loss_sum += loss.detach()
+        with window.phase("draft", self.device):
+            norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        together = torch.cat([sums.flatten(), loss_sum[None], loss_sum.new_tensor([tokens])])
+        together = self.accelerator.reduce(together, "sum")
+        *sums_list, loss_total, tokens_total = together.tolist()
+        window.add(data.step, sums_list, loss_total, count, tokens_total, float(norm))
+        return bool(stop)
+
+    # Parts of a step --------------------------------------------------------------------------
+
+    def _cached(self, examples: list[Example]) -> list[dict[str, Tensor] | None]:
+        if self.cache is None:
+            return [None] * len(examples)
+        return [self.cache.get(e.key) if e.key in self.cache else None for e in examples]
+
+    def _num_rows(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> int:
+        total = 0
+        for example, record in zip(examples, known, strict=True):
+            answer = record["answer_mask"] if record else example.rendered.answer_mask
+            length = torch.tensor([len(answer)])
+            total += int(self._counted(answer[None], length).sum())
+        return total
+
+    def _counted(self, answer_mask: Tensor, lengths: Tensor) -> Tensor:
+        if self.settings.reference_mask:
+            return rows.reference_rows(answer_mask, lengths)
+        return rows.drafted_rows(answer_mask)
+
+    def _features(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> Features:
+        """Of a micro-batch: from the cache where it has them, else from the target."""
+        missing = [e for e, record in zip(examples, known, strict=True) if record is None]
+        if not missing:
+            return stack(known, self.target.pad_id, self.device)
+        batch = collate([e.rendered for e in missing], self.target.pad_id).to(self.device)
+        with self.autocast:
+            found = self.target.features(batch)
+        if self.cache is None:
+            return found
+        new = dict(zip([e.key for e in missing], unstack(found), strict=True))
+        for key, record in new.items():
+            self.cache.put(key, record)
+        records = [record or new[e.key] for e, record in zip(examples, known, strict=True)]
+        return stack(records, self.target.pad_id, self.device)
+
+    def _loss(
+        self, features: Features, examples: list[Example], step: int
+    ) -> tuple[Tensor, Tensor]:
+        s = self.settings
+        inputs = rows.draft_rows(features, self.target.embed, s.visual_rows)
+        if s.noise:
+            generators = [
+                torch.Generator(self.device).manual_seed(
+                    int(seeded(s.seed, _NOISE, step, e.slot).integers(2**62))
+                )
+                for e in examples
+            ]
+            inputs = rows.with_noise(inputs, features.lengths, s.noise, generators)
+        mask = self._counted(features.answer_mask, features.lengths)
+        with self.autocast:
+            return self.objective(inputs, features.hidden.float(), mask, self.head)
+
+    def _check_bad(self, count: int) -> None:
+        limit = self.settings.max_bad_fraction * self.corpus.num_found
+        if count > limit:
+            shown = "".join(f"\n  {bad}" for bad in sorted(self.bad, key=str)[:5])
+            raise DataError(
+                f"{count} of {self.corpus.num_found} records are broken, more than "
+                f"max_bad_fraction ({self.settings.max_bad_fraction:g}) allows.{shown}\nAll are "
+                f"listed in {self.folder.skipped}. Mend the data or --image-root, or raise "
+                "--max-bad-fraction."
+            )
+
+    # Results ----------------------------------------------------------------------------------
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.is_main:
+            self.folder.write_log(row)
+            self.board.write(row)
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, Any]:
+        """Acceptance length on held-out records; keeps the draft if it is the best so far."""
+        s = self.settings
+        draft = self.accelerator.unwrap_model(self.objective).draft
+        draft.eval()
+        if self.replies is None:
+            mine = self.corpus.held_out()[self.rank :: self.world]
+            self.replies, bad = acceptance.greedy_replies(
+                self.target, self.renderer, mine, s.eval_max_tokens, s.eval_depth
+            )
+            self.folder.skip([b for b in bad if b not in self.bad])
+        found = acceptance.chain_acceptance(
+            self.target, draft, self.replies, s.eval_depth, s.visual_rows
+        )
+        draft.train()
+        parts = gather_object([found]) if self.world > 1 else [found]
+        table = acceptance.summary(acceptance.merge(parts))
+        lengths = {"all": table["all"]["acceptance_length"]}
+        lengths |= {kind: f["acceptance_length"] for kind, f in table["kinds"].items()}
+        row = {
+            "step": self.step,
+            "acceptance_length": lengths,
+            "accuracy_at_depth": table["all"].get("accuracy_at_depth", []),
+        }
+        self._log(row)
+        if lengths["all"] > self.best:
+            self.best = lengths["all"]
+            self._export("best", table)
+        return row
+
+    def _save(self) -> None:
+        """Write a checkpoint to resume from."""
+        partial, final = self.folder.checkpoint(self.step)
+        if self.cache is not None:
+            self.cache.flush()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            state = {"step": self.step, "best": self.best, "seconds": self.trained_seconds}
+            torch.save(state, partial / "trainer.pt")
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            self.folder.keep_checkpoints(self.settings.keep_checkpoints)
+            curves.draw(self.folder.read_log(), self.folder.folder / "curves.png")
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, name: str, outcome: dict[str, Any]) -> None:
+        """Write the draft as it is served."""
+        state = self.accelerator.get_state_dict(self.objective)
+        if not self.is_main:
+            return
+        weights = {k.removeprefix("draft."): v.detach().bfloat16() for k, v in state.items()}
+        folder = self.folder.folder / name
+        save_draft(folder, self.config, weights)
+        content = {
+            "what": "draft",
+            **provenance(**self.settings.as_dict()),
+            "steps": self.step,
+            "processes": self.world,
+            "minutes": round(self.trained_seconds / 60, 2),
+            "data": self.data,
+            "skipped": len(self.bad),
+            "target": self.target.identity(),
+            "outcome": outcome,
+        }
+        write_json(folder / "provenance.json", content)
+
+    def _finish(self, figures: dict[str, Any]) -> dict[str, Any]:
+        self._export("last", figures)
+        if self.is_main:
+            self.board.close()
+            if not (self.folder.folder / "best").is_dir():
+                shutil.copytree(self.folder.folder / "last", self.folder.folder / "best")
+        self.accelerator.wait_for_everyone()
+        skipped = self.folder.listed()
+        return {**figures, "steps": self.step, "of": self.steps, "skipped": len(skipped)}

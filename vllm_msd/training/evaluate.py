@@ -1,0 +1,122 @@
+"""`vllm-msd eval`: a draft's acceptance on conversations, without an engine."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_msd.checkpoint import load_draft
+from vllm_msd.checkpoint.files import locate
+from vllm_msd.draft import MSDDraft
+from vllm_msd.errors import CheckpointError, DataError
+from vllm_msd.provenance import provenance
+from vllm_msd.training.acceptance import (
+    chain_acceptance,
+    greedy_replies,
+    summary,
+    tree_acceptance,
+)
+from vllm_msd.training.data.batches import image_roots, kind_of
+from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.targets import Target
+from vllm_msd.tree import TreeConfig
+
+
+def evaluate(
+    target: str | Path,
+    draft: str | Path,
+    data: list[str],
+    image_root: list[str] | None = None,
+    records: int = 50,
+    num_speculative_tokens: int = 5,
+    tree_depth: int | None = None,
+    tree_top_k: int | None = None,
+    max_tokens: int = 128,
+    max_length: int = 4096,
+    batch_size: int = 8,
+    target_dtype: str = "auto",
+    device: str = "auto",
+    visual_rows: str | None = None,
+) -> dict[str, Any]:
+    """Count what the target would accept of the draft on its own greedy replies.
+
+    Args:
+        target, draft: folders or hub names.
+        data: files of conversations; the last question of each record is answered.
+        image_root: where relative image paths start (default: the data's folders).
+        records: the first so many of each kind.
+        num_speculative_tokens: drafted per verification.
+        tree_depth, tree_top_k: draft trees instead of chains.
+        max_tokens: of a reply. max_length: of a prompt. batch_size: prompts at a time.
+        target_dtype: ``auto`` is the checkpoint's. device: ``auto`` or ``cpu``.
+        visual_rows: how the draft treats them; None reads its provenance.
+
+    Returns:
+        ``all`` and ``kinds``: ``acceptance_length`` (the target's own token counted),
+        ``accepted_at_depth`` per verification, ``accuracy_at_depth`` per row (chains only), and
+        ``skipped``, records that could not be used.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the user can mend.
+    """
+    tree = TreeConfig.from_settings(num_speculative_tokens, tree_depth, tree_top_k)
+    folder = locate(draft)
+    config, state = load_draft(folder)
+    if visual_rows is None:
+        visual_rows = _trained_visual_rows(folder)
+    files = [RecordFile(path) for path in data]
+    roots = image_roots(image_root or [], files)
+    where = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
+    model = Target.load(target, target_dtype, device=where)
+    if (config.hidden_size, True) != (
+        model.text.hidden_size, config.vocab_size <= model.text.vocab_size
+    ):  # fmt: skip
+        raise CheckpointError(
+            f"the draft {draft} has hidden size {config.hidden_size} and {config.vocab_size} "
+            f"tokens, the target {model.text.hidden_size} and {model.text.vocab_size}. Use a draft "
+            "that was trained for this target."
+        )
+    weights = {k: v.float() for k, v in state.items() if k != "embed_tokens.weight"}
+    small = MSDDraft.from_state_dict(config, weights).eval().to(where)
+    chosen = _first_of_each_kind(files, records)
+    with tqdm(total=len(chosen), unit="reply") as bar:
+        replies, bad = greedy_replies(
+            model, model.renderer(roots, max_length), chosen, max_tokens, tree.depth, batch_size,
+            bar.update,
+        )  # fmt: skip
+    if not replies:
+        shown = "".join(f"\n  {b}" for b in bad[:3])
+        raise DataError(f"no reply of more than one token to count on.{shown}")
+    if tree.is_chain:
+        found = chain_acceptance(model, small, replies, tree.depth, visual_rows, batch_size)
+    else:
+        found = tree_acceptance(model, small, replies, tree, visual_rows)
+    settings = {
+        "target": str(target), "draft": str(draft), "data": [f.path.name for f in files],
+        "records": records, "num_speculative_tokens": num_speculative_tokens,
+        "tree_depth": tree_depth, "tree_top_k": tree_top_k, "max_tokens": max_tokens,
+        "target_dtype": target_dtype, "visual_rows": visual_rows,
+    }  # fmt: skip
+    skipped = [*(str(b) for f in files for b in f.bad), *map(str, bad)]
+    return {**provenance(**settings), **summary(found), "skipped": skipped}
+
+
+def _trained_visual_rows(folder: Path) -> str:
+    note = folder / "provenance.json"
+    content = json.loads(note.read_text()) if note.is_file() else {}
+    return content.get("settings", {}).get("visual_rows", "decoupled")
+
+
+def _first_of_each_kind(files: list[RecordFile], count: int) -> list[tuple[RecordFile, int]]:
+    seen: Counter[str] = Counter()
+    chosen = []
+    for file in files:
+        for number in range(len(file)):
+            kind = kind_of(file[number], file)
+            seen[kind] += 1
+            if seen[kind] <= count:
+                chosen.append((file, number))
+    return chosen

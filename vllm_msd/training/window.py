@@ -1,0 +1,63 @@
+"""Sums over the steps between two lines of a run's log."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_msd.training.data.plan import MULTIMODAL, DataPlan
+from vllm_msd.training.losses import EPSILON
+
+PHASES = ("data", "target", "draft")
+
+
+class Window:
+    """Sums over the steps since the last line of the log."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.steps: list[int] = []
+        self.sums = [0.0] * (3 * depth)
+        self.loss = self.count = self.tokens = self.norm = 0.0
+
+    @contextmanager
+    def phase(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time a part of a step."""
+        started = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[name] += time.perf_counter() - started
+
+    def add(
+        self, step: int, sums: list[float], loss: float, count: float, tokens: float, norm: float
+    ) -> None:
+        """Add a step's sums over all processes."""
+        self.steps.append(step)
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.loss, self.count = self.loss + loss, self.count + count
+        self.tokens, self.norm = self.tokens + tokens, self.norm + norm
+
+    def row(self, step: int, rate: float, plan: DataPlan) -> dict[str, Any]:
+        """A line of the log: means over the rows that counted."""
+        count = self.count + EPSILON
+        parts = [
+            [value / count for value in self.sums[i * self.depth : (i + 1) * self.depth]]
+            for i in range(3)
+        ]
+        kinds = [kind for s in self.steps for kind, _ in plan.records(s)]
+        return {
+            "step": step,
+            "loss": self.loss / count,
+            "regression": parts[0],
+            "distillation": parts[1],
+            "agreement": parts[2],
+            "multimodal": sum(kind == MULTIMODAL for kind in kinds) / len(kinds),
+            "learning_rate": rate,
+            "gradient_norm": self.norm / len(self.steps),
+            "tokens_per_second": self.tokens / max(1e-9, sum(self.seconds.values())),
+            "seconds": {name: round(t, 4) for name, t in self.seconds.items()},
+        }
