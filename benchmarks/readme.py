@@ -73,6 +73,48 @@ def demo(name: str, result: dict[str, Any]) -> str:
     )
 
 
+def trees(name: str, result: dict[str, Any]) -> str:
+    """Chains and trees: acceptance, speed, and what drafting costs."""
+    settings = result["settings"]
+    parts = ["### Trees"]
+    if "acceptance" in result:
+        rows = [
+            (
+                drafting,
+                found["all"]["acceptance_length"],
+                found["multimodal"]["acceptance_length"],
+                f"{found['identical']} of {found['requests']}",
+            )
+            for drafting, found in result["acceptance"].items()
+        ]
+        head = ["drafted", "tokens per verification", "with images", "same output"]
+        parts += ["The demo pair, greedy, fp32:", table(head, rows)]
+    if "speed" in result:
+        rows = [
+            (
+                drafting,
+                found["acceptance_length"],
+                found["msd_tokens_per_second"],
+                f"{found['speedup']:.2f}x",
+            )
+            for drafting, found in result["speed"]["draftings"].items()
+        ]
+        parts += [
+            f"Widened to {settings['size']}, {settings['dtype']}, batch 1, one interleaved run; "
+            f"{result['speed']['plain_tokens_per_second']:.2f} tokens/s without speculation:",
+            table(["drafted", "tokens per verification", "tokens/s", "speed-up"], rows),
+        ]
+    if "profile" in result:
+        found = result["profile"]
+        rows = found["milliseconds_per_step"].items()
+        parts += [
+            f"Mean time of a verification with a {found['drafting']}. Settling and the rest of "
+            f"drafting are {found['drafting_and_settling_share']:.1%} of it:",
+            table(["part", "ms"], rows),
+        ]
+    return "\n\n".join([*parts, _source(name, result)])
+
+
 def visual_branch(name: str, result: dict[str, Any]) -> str:
     """What the image is worth to the draft."""
     groups = [*result["by_kind"].items(), ("**all**", result["all"])]
@@ -148,6 +190,7 @@ def lossless(name: str, result: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "benchmarks/results/demo.json": demo,
+    "benchmarks/results/trees.json": trees,
     "benchmarks/results/visual_branch.json": visual_branch,
     "vllm_msd/demo/pair/evaluation.json": evaluation,  # written when the pair is built
     "benchmarks/results/lossless.json": lossless,

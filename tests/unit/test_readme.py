@@ -46,7 +46,38 @@ def test_section_is_made_from_the_files(tmp_path):
     assert "| vqa | 3.25 |" in section
     assert "| small pair, fp32 | 10.00 | 15.50 | 1.55x | 6 of 7 |" in section
     assert "2026-01-01; A, 2 cores, 8 GiB; vllm 0.32.0" in section
-    assert "widened to" not in section and "Losslessness" not in section
+    assert (
+        "widened to" not in section and "### Trees" not in section and "Losslessness" not in section
+    )
+
+
+def test_section_of_trees():
+    drafting = "tree of 7 nodes, depth 4, top-k 2"
+    length = {"acceptance_length": 4.5}
+    text = results.trees(
+        "trees.json",
+        {
+            "date": "2026-01-01",
+            "machine": {"cores": 2},
+            "versions": {"vllm": "0.32.0"},
+            "settings": {"size": "1B", "dtype": "bfloat16"},
+            "acceptance": {
+                drafting: {"all": length, "multimodal": length, "identical": 6, "requests": 7}
+            },
+            "speed": {
+                "plain_tokens_per_second": 4.0,
+                "draftings": {drafting: {**length, "msd_tokens_per_second": 9.0, "speedup": 2.25}},
+            },
+            "profile": {
+                "drafting": drafting,
+                "milliseconds_per_step": {"target": 80.0},
+                "drafting_and_settling_share": 0.125,
+            },
+        },
+    )
+    assert f"| {drafting} | 4.50 | 4.50 | 6 of 7 |" in text
+    assert f"| {drafting} | 4.50 | 9.00 | 2.25x |" in text
+    assert "| target | 80.00 |" in text and "12.5% of it" in text
 
 
 def test_readme_without_markers_is_refused():

@@ -61,19 +61,23 @@ def compare(
     rounds: int = 1,
     on_start: Callable[[], None] = lambda: None,
     on_answer: Callable[[Comparison], None] = lambda comparison: None,
+    share_weights: bool = False,
     **engine_options: Any,
 ) -> list[Comparison]:
     """Answer every sample without a draft and with each drafting, one request at a time.
 
     Who goes first rotates from request to request and from round to round, so a machine that slows
     down or speeds up in between favours none. ``on_start`` is called when all engines are up and
-    warm, ``on_answer`` after each comparison, in every round.
+    warm, ``on_answer`` after each comparison, in every round. With ``share_weights`` (on a CPU) the
+    engines hold the target once.
     """
     engines = {PLAIN: Engine(pair.target, dtype=dtype, **engine_options)}
     for name, drafting in draftings.items():
         engines[name] = Engine(
             pair.target, draft=pair.draft, drafting=drafting, dtype=dtype, **engine_options
         )
+        if share_weights:
+            engines[name].share_target(engines[PLAIN])
     for engine in engines.values():  # the first request pays for lazy set-up
         engine.answer(sample("vqa", FIRST_SEED - 1, "test"), 16)
     on_start()

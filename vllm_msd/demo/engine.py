@@ -197,6 +197,18 @@ class Engine:
         """vLLM's model runner, for experiments that look inside."""
         return self.llm.model_executor.driver_worker.worker.model_runner
 
+    def share_target(self, other: "Engine") -> None:
+        """Take over another engine's target weights, which must be the same, and drop the own.
+
+        On a CPU vLLM keeps packed weights inside its linear layers' own matrix product.
+        """
+        models = (self.model_runner.model, other.model_runner.model)
+        for mine, theirs in zip(*(model.modules() for model in models), strict=True):
+            for name, parameter in theirs.named_parameters(recurse=False):
+                getattr(mine, name).data = parameter.data
+            if hasattr(theirs, "cpu_linear"):
+                mine.cpu_linear = theirs.cpu_linear
+
     def prompt(self, sample: Sample) -> dict[str, Any]:
         """vLLM's prompt for all of the sample's messages but the right answer."""
         ids = self.tokenizer.apply_chat_template(
