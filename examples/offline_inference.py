@@ -3,6 +3,7 @@
     python examples/offline_inference.py
     python examples/offline_inference.py --image photo.jpg --question "What is this?" \\
         --target llava-hf/llava-1.5-7b-hf --draft lucylyn/MSD-LLaVA1.5-7B
+    python examples/offline_inference.py --num-speculative-tokens 16 --tree-depth 5 --tree-top-k 4
 
 Without --target it serves the small demo pair that comes with the package, and without --image it
 draws one of the demo world's held-out scenes. --image may be given several times.
@@ -34,7 +35,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--image", action="append", default=[], help="an image file; repeatable")
     parser.add_argument("--question", default="Describe the picture.")
-    parser.add_argument("--num-speculative-tokens", type=int, default=5)
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=5, help="length of the chain, or tree nodes"
+    )
+    parser.add_argument("--tree-depth", type=int, help="draft trees of this depth, not chains")
+    parser.add_argument("--tree-top-k", type=int, help="guesses of each node of a tree")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument(
@@ -69,6 +74,8 @@ def main() -> None:
         "method": "msd",
         "num_speculative_tokens": args.num_speculative_tokens,
     }
+    if args.tree_depth is not None:
+        speculative_config |= {"tree_depth": args.tree_depth, "tree_top_k": args.tree_top_k}
     if draft is not None:  # left out, the draft that belongs to the target is looked up
         speculative_config["model"] = draft
     llm = LLM(

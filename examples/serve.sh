@@ -5,8 +5,10 @@
 #   examples/serve.sh --port 8123 --max-num-seqs 8     the demo pair, with more `vllm serve` options
 #   TARGET=llava-hf/llava-1.5-7b-hf DRAFT=lucylyn/MSD-LLaVA1.5-7B examples/serve.sh
 #   TARGET=llava-hf/llava-1.5-7b-hf examples/serve.sh  the draft that belongs to the target
+#   TOKENS=16 DEPTH=5 TOP_K=4 examples/serve.sh        trees of 16 nodes instead of chains of 5
 #
-# Environment: TARGET, DRAFT (hub names or folders), TOKENS (drafted per verification, 5).
+# Environment: TARGET, DRAFT (hub names or folders), TOKENS (drafted per verification, 5), and for
+# trees DEPTH and TOP_K.
 # Then: python examples/openai_client.py
 set -euo pipefail
 
@@ -31,6 +33,9 @@ fi
 export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
 
 config="{\"method\": \"msd\", \"num_speculative_tokens\": $tokens"
+if [[ -n "${DEPTH:-}" ]]; then
+    config+=", \"tree_depth\": $DEPTH, \"tree_top_k\": ${TOP_K:-4}"
+fi
 if [[ -n "${DRAFT:-}" ]]; then
     config+=", \"model\": \"$DRAFT\""
 fi

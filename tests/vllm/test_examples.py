@@ -47,7 +47,12 @@ def test_help(run, name):
     assert "examples/" in run(name, "--help")
 
 
-def test_offline_inference(run, tmp_path):
+@pytest.mark.parametrize(
+    "drafting",
+    [(), ("--num-speculative-tokens", "8", "--tree-depth", "5", "--tree-top-k", "2")],
+    ids=["chain", "tree"],
+)
+def test_offline_inference(run, tmp_path, drafting):
     image = tmp_path / "scene.png"
     sample("caption", 3, "test").images[0].save(image)
     options = {
@@ -60,6 +65,7 @@ def test_offline_inference(run, tmp_path):
         "offline_inference.py",
         *("--image", str(image), "--question", "What do you see?", "--max-tokens", "24"),
         *("--dtype", "float32", "--engine-options", json.dumps(options)),
+        *drafting,
     )
     assert "question: What do you see?" in out
     length = float(out.split("tokens per verification:")[1].split()[0])
