@@ -118,7 +118,7 @@ def test_mixed_batch(splits, block_size):
 
 
 @interpreted
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (4, 1), (7, 1), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), *((ratio, 1) for ratio in range(1, 9))])
 def test_grouped_heads(heads, kv_heads):
     requests = [Request(21, TREE), Request(12, queries=5)]
     batch = make_batch(requests, heads=heads, kv_heads=kv_heads)
