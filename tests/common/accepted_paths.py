@@ -65,8 +65,8 @@ def random_forest(sizes: list[int], nodes: int, seed: int) -> tuple[Tensor, Tens
         parents[i, 0] = -1
         for node in range(size):
             children = [j for j in range(node + 1, size) if parent[j] == node]
-            for rank, child in enumerate(children):
-                tokens[i, child] = rank
+            names = torch.randperm(len(children) + 2, generator=generator)
+            tokens[i, children] = names[: len(children)]
             if children and torch.rand((), generator=generator) < 0.5:
                 pick = int(torch.randint(len(children), (), generator=generator))
                 drawn[i, node] = tokens[i, children[pick]]

@@ -183,6 +183,12 @@ def test_accept_without_rows_or_with_marked_drafts():
     assert result.tokens.tolist() == [[4, -1, -1], [-1, -1, -1]]
 
 
+def test_a_root_that_is_its_own_parent_does_not_hang():
+    parents, starts = torch.tensor([[0, 0, 1]]), torch.tensor([0, 3])
+    result = accept(torch.tensor([4, 9, 5]), torch.tensor([4, 4, 9]), parents, starts)
+    assert result.nodes.tolist() == [[0, 1, 2]]
+
+
 def test_accept_refuses_what_does_not_fit():
     rows, parents = torch.zeros(5, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
     starts = torch.tensor([0, 3, 5])
