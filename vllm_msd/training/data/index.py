@@ -182,11 +182,12 @@ def _scan_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]
             try:
                 raw, end = decoder.raw_decode(buffer, position)
             except ValueError as error:
-                place = getattr(error, "pos", 0)
+                place = getattr(error, "pos", position)
                 is_open = "Unterminated string" in str(error) or place > len(buffer) - 16
+                done = place - position  # more() moves the buffer, not the distance
                 if is_open and more():
                     continue
-                line += buffer.count("\n", position, min(place, len(buffer)))
+                line += buffer.count("\n", position, position + done)
                 cut = "the file is cut short" if is_open else _reason(error)
                 raise fail(cut) from error
             if end < len(buffer):
