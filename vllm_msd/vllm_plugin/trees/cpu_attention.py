@@ -193,9 +193,9 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             layer, keys[call.copies], values[call.copies], scratch.blocks, call.slots
         )
         # Scratch block numbers differ between layers, so each writes its own into the table.
-        call.block_table.view(-1).index_copy_(
-            0, call.scratch_cells, call.scratch_blocks + scratch.first_block
-        )
+        # In NumPy, which takes a tenth of the time for a handful of numbers.
+        table = call.block_table.numpy().reshape(-1)
+        table[call.scratch_cells.numpy()] = call.scratch_blocks.numpy() + scratch.first_block
 
 
 def settle_cpu(tree: TreeRows, nodes: Tensor, root_rows: Tensor) -> None:
