@@ -1,6 +1,9 @@
 """The training loop: losses that no split of the work changes, and resuming after a kill."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,22 @@ def test_too_many_broken_pictures_stop_the_run(setting):
     listed = (setting.folder / "skipping" / "skipped.jsonl").read_text().splitlines()
     assert 0 < len(listed) <= 6
     assert json.loads(listed[0])["line"] > 1
+
+
+def test_two_processes_have_the_losses_of_one(setting):
+    """Through the command line under torchrun, with the settings of the whole run in a file."""
+    folder = setting.folder
+    values = json.loads((folder / "whole" / "run.json").read_text())["settings"]
+    values["output"] = str(folder / "two")
+    (folder / "two.yaml").write_text(json.dumps(values))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "vllm_msd.cli.main", "train", "--config", str(folder / "two.yaml"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = (folder / "two" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in log] == pytest.approx(setting.expected, rel=1e-4)
