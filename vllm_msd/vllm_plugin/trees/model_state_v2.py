@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from typing_extensions import override
@@ -25,7 +26,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_msd.tree import chain_parents, settle_index, tree_relations
+from vllm_msd.tree import DraftTree, chain_parents, settle_index
 from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
 from vllm_msd.vllm_plugin.trees.backend import bind_kv
 from vllm_msd.vllm_plugin.trees.constrained import needs_chain
@@ -50,7 +51,7 @@ class TreeModelState(DefaultModelState):
     consistent costs speed only, so parents are written in one place, with what follows from them.
 
     ``parents``, ``depths``, ``ancestors``: ``[slots, T]`` int64, as in `DraftTree`.
-    ``as_chain [slots]`` bool: requests whose next trees have to be chains.
+    ``as_chain [slots]`` bool on the host: requests whose next trees have to be chains.
     ``accepted``: ``[R, T]`` int64 nodes accepted in this step, padded with -1, in batch order; None
     until the walk and where nobody had drafts.
     """
@@ -65,9 +66,13 @@ class TreeModelState(DefaultModelState):
         check_overrides(TreeModelState)
         super().__init__(vllm_config, model, encoder_cache, device)
         self.num_nodes = tree_config(vllm_config).num_nodes + 1
-        self.parents = chain_parents(self.max_num_reqs, self.num_nodes, device).clone()
-        self.depths, self.ancestors = tree_relations(self.parents)
-        self.as_chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)
+        parents = chain_parents(1, self.num_nodes, device)
+        self.chain = DraftTree.from_parents(torch.zeros_like(parents), parents)
+        self.parents, self.depths, self.ancestors = (
+            relation.repeat(self.max_num_reqs, 1)
+            for relation in (self.chain.parents, self.chain.depths, self.chain.ancestors)
+        )
+        self.as_chain = np.zeros(self.max_num_reqs, dtype=np.bool_)
         self.accepted: torch.Tensor | None = None
         self.step: Step | None = None
         # Of the current step. CUDA graphs read these very tensors, so they are written in place.
@@ -76,15 +81,11 @@ class TreeModelState(DefaultModelState):
         self.row_ancestors = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tree_start = torch.full((self.max_num_reqs,), -1, dtype=torch.int32, device=device)
 
-    def set_trees(self, slots: torch.Tensor | slice, parents: torch.Tensor) -> None:
-        """Keep trees under their requests' slots.
-
-        Args:
-            slots: ``[R]`` int64.
-            parents: ``[R, T]`` int64.
-        """
-        self.parents[slots] = parents
-        self.depths[slots], self.ancestors[slots] = tree_relations(parents)
+    def set_trees(self, slots: torch.Tensor | slice, tree: DraftTree) -> None:
+        """Keep the trees of R requests under their slots (``[R]`` int64)."""
+        self.parents[slots] = tree.parents
+        self.depths[slots] = tree.depths
+        self.ancestors[slots] = tree.ancestors
 
     def shift(self, slots: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
         """Depth minus node number, int64: how far the nodes' positions are from linear ones."""
@@ -100,9 +101,8 @@ class TreeModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A new request (or one that was preempted) starts with a chain."""
         super().add_request(req_index, new_req_data)
-        slot = slice(req_index, req_index + 1)
-        self.set_trees(slot, chain_parents(1, self.num_nodes, self.device))
-        self.as_chain[slot].fill_(needs_chain(new_req_data.sampling_params))
+        self.set_trees(slice(req_index, req_index + 1), self.chain)
+        self.as_chain[req_index] = needs_chain(new_req_data.sampling_params)
 
     @override
     def initialize_kv_cache(

@@ -16,7 +16,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_msd.tree import DraftTree, accept, settle_index
+from vllm_msd.kernels import AcceptedPaths, accept
+from vllm_msd.tree import settle_index
 from vllm_msd.vllm_plugin.trees.overrides import check_overrides
 
 if TYPE_CHECKING:
@@ -28,12 +29,16 @@ class TreeRejectionSampler(RejectionSampler):
 
     The noise of a draw depends on the request's seed and the position alone, so a seeded request
     gets the tokens that it would get without speculation.
+
+    ``verified``: of the last requests verified, for those who want to look: ``tokens [rows]`` of
+    the nodes, ``parents [R, T]``, ``row_start [R + 1]``, and the `AcceptedPaths`.
     """
 
     def __init__(self, sampler: Sampler, state: TreeModelState) -> None:
         check_overrides(TreeRejectionSampler)
         super().__init__(sampler, state.vllm_config.speculative_config, state.device)
         self.state = state
+        self.verified: tuple[torch.Tensor, torch.Tensor, torch.Tensor, AcceptedPaths] | None = None
         self._nodes: list[torch.Tensor] = []  # accepted nodes of each chunk of requests
         self._processed_logprobs = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
@@ -92,19 +97,12 @@ class TreeRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=sampler.use_fp64_gumbel,
         )
-        starts = cu_num_logits[:-1].long()
-        rows = starts[:, None] + torch.arange(state.num_nodes, device=starts.device)
-        rows.clamp_(max=len(drawn) - 1)  # trees that the scheduler cut short
-        tree = DraftTree(
-            verify_draft_sampled.long()[rows],
-            state.parents[idx_mapping],
-            state.depths[idx_mapping],
-            state.ancestors[idx_mapping],
-        )
-        accepted = accept(tree, drawn.long()[rows], cu_num_logits.diff().long())
+        parents = state.parents[idx_mapping]
+        accepted = accept(drawn, verify_draft_sampled, parents, cu_num_logits)
+        self.verified = (verify_draft_sampled, parents, cu_num_logits, accepted)
         self._nodes.append(accepted.nodes)
         if self._processed_logprobs or sampler.return_sampling_mask:
-            processed = processed[settle_index(starts, accepted.nodes, len(processed))]
+            processed = processed[_path_rows(cu_num_logits, accepted.nodes, len(processed))]
         return processed, accepted.tokens, (accepted.lengths + 1).int()
 
     @override
@@ -119,7 +117,12 @@ class TreeRejectionSampler(RejectionSampler):
     ) -> LogprobsTensors | None:
         """As the base class, whose i-th row is the i-th accepted token's; here they are nodes."""
         if max_num_logprobs != NO_LOGPROBS and not self._processed_logprobs:
-            logits = logits[settle_index(cu_num_logits[:-1].long(), self._nodes[-1], len(logits))]
+            logits = logits[_path_rows(cu_num_logits, self._nodes[-1], len(logits))]
         return super()._get_logprobs_tensors(
             sampled, num_sampled, logits, cu_num_logits, cu_num_logits_np, max_num_logprobs
         )
+
+
+def _path_rows(cu_num_logits: torch.Tensor, nodes: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Where to find the rows of the accepted nodes, each request's first ones in their order."""
+    return settle_index(cu_num_logits[:-1].long(), nodes, num_rows)

@@ -13,6 +13,7 @@ from torch import nn
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
@@ -165,11 +166,17 @@ class TreeSpeculator(EagleSpeculator):
             input_batch.seq_lens_cpu_upper_bound[:num_reqs],
             with_attention=not (dummy_run and skip_attn_for_dummy_run),
         )
-        tokens = tree.tokens
         if not dummy_run:  # a dummy batch names the slots of real requests
-            tokens, parents = lay_out_chains(tokens, tree.parents, self.model_state.as_chain[slots])
-            self.model_state.set_trees(slots, parents)
-        self.draft_tokens[:num_reqs] = tokens[:, 1:]
+            as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
+            if as_chain.any():
+                tree = DraftTree.from_parents(
+                    *lay_out_chains(
+                        tree.tokens, tree.parents, async_tensor_h2d(as_chain, device=self.device)
+                    ),
+                    check=False,
+                )
+            self.model_state.set_trees(slots, tree)
+        self.draft_tokens[:num_reqs] = tree.tokens[:, 1:]
         return self.draft_tokens[:num_reqs]
 
     def _grow(
