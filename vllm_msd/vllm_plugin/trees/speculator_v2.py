@@ -37,7 +37,7 @@ from vllm_msd.vllm_plugin.trees.backend import register_attention, reserve_kv
 from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
 from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
 from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.settings import tree_config
+from vllm_msd.vllm_plugin.trees.settings import check_level_rows, tree_config
 
 
 class TreeSpeculator(EagleSpeculator):
@@ -50,17 +50,11 @@ class TreeSpeculator(EagleSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_overrides(TreeSpeculator)
+        check_level_rows(vllm_config)
         register_attention(device)
         super().__init__(vllm_config, device)
         self.shape = tree_config(vllm_config).shape
         k = self.num_query_per_req = self.shape.top_k  # vLLM sizes its dummy runs by this
-        if self.max_num_reqs * k > self.max_num_tokens:
-            raise ConfigError(
-                f"tree_top_k {k} with max_num_seqs {self.max_num_reqs} drafts "
-                f"{self.max_num_reqs * k} rows at once, expected at most max_num_batched_tokens "
-                f"({self.max_num_tokens}). Lower max_num_seqs or tree_top_k, or raise "
-                "max_num_batched_tokens."
-            )
         self.query_starts = torch.arange(
             0, (self.max_num_reqs + 1) * k, k, dtype=torch.int32, device=device
         )
