@@ -9,7 +9,7 @@ encoder cache holds one image of 25 tokens at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Run:
         if params is None:
             params = greedy(**overrides)
         outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        self.seen["prompt_tokens"] = [len(o.prompt_token_ids) for o in outputs]
         self.seen["cached_tokens"] = [o.num_cached_tokens for o in outputs]
         return [
             [[list(c.token_ids), c.text, c.finish_reason, c.stop_reason] for c in o.outputs]
@@ -260,6 +261,43 @@ CASES: dict[str, Callable[[Run], Any]] = {
 }  # fmt: skip
 
 
+Cases = Mapping[str, Callable[[Run], Any]]
+
+
+def answers_of_plain_engine(
+    target: str, kind: str, runner: str, cases: Cases
+) -> tuple[dict[str, Any], dict[str, dict]]:
+    """What every case gives without speculation, and what it left in ``Run.shared``."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    plain = open_engine(target, None, **engine_options(kind))
+    require_runner(plain, runner)
+    shared: dict[str, dict] = {name: {} for name in cases}
+    answers = {name: case(Run(plain, kind, shared[name])) for name, case in cases.items()}
+    plain.llm_engine.engine_core.shutdown()
+    del plain
+    cleanup_dist_env_and_memory()
+    return answers, shared
+
+
+def require_runner(engine: Any, runner: str) -> None:
+    """Raise RuntimeError when the engine uses another model runner than ``runner``."""
+    if runner_of(engine) != runner:
+        raise RuntimeError(f"wanted model runner {runner}, vLLM uses {runner_of(engine)}")
+
+
+def check_case(run: Run, case: Callable[[Run], Any], expected: Any) -> dict[str, Any]:
+    """Run a case on the engine with MSD; whether it gave the same, and what it saw."""
+    before = acceptance(run.engine)
+    got = case(run)
+    return {
+        "same": got == expected,
+        "first_difference": first_difference(expected, got),
+        **counted(acceptance(run.engine) - before),
+        **run.seen,
+    }
+
+
 def chain_identity(
     *,
     runner: str,
@@ -273,39 +311,23 @@ def chain_identity(
 
     ``tensor_parallel_size`` is that of the MSD engine.
     """
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    names = list(CASES) if cases is None else cases
-    settings = engine_options(kind)
     started = time.perf_counter()
-    shared: dict[str, dict] = {name: {} for name in names}
-    expected = {}
-    plain = open_engine(target, None, **settings)
-    for name in names:
-        expected[name] = CASES[name](Run(plain, kind, shared[name]))
-    used = {runner_of(plain)}
-    plain.llm_engine.engine_core.shutdown()
-    del plain
-    cleanup_dist_env_and_memory()
-    engine = open_engine(target, draft, tensor_parallel_size=tensor_parallel_size, **settings)
+    chosen = {name: CASES[name] for name in cases or CASES}
+    expected, shared = answers_of_plain_engine(target, kind, runner, chosen)
+    engine = open_engine(
+        target, draft, tensor_parallel_size=tensor_parallel_size, **engine_options(kind)
+    )
     if tensor_parallel_size == 1:
-        used.add(runner_of(engine))
-    if used != {runner}:
-        raise RuntimeError(f"wanted model runner {runner}, vLLM uses {sorted(used)}")
-    report: dict[str, Any] = {"cases": {}}
-    for name in names:
-        before = acceptance(engine)
-        run = Run(engine, kind, shared[name])
-        got = CASES[name](run)
-        report["cases"][name] = {
-            "same": got == expected[name],
-            "first_difference": first_difference(expected[name], got),
-            **counted(acceptance(engine) - before),
-            **run.seen,
-        }
-    report["total"] = counted(acceptance(engine))
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    return report
+        require_runner(engine, runner)
+    results = {
+        name: check_case(Run(engine, kind, shared[name]), case, expected[name])
+        for name, case in chosen.items()
+    }
+    return {
+        "cases": results,
+        "total": counted(acceptance(engine)),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def first_difference(expected: Any, got: Any) -> str | None:

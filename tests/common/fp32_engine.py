@@ -14,9 +14,19 @@ def open_engine(
     draft: str | None,
     spec_tokens: int = 5,
     draft_sample_method: str = "greedy",
+    tree: tuple[int, int] | None = None,
     **options: Any,
 ) -> Any:
-    """An in-process fp32 ``vllm.LLM``, small enough that chunked prefill and mixed steps happen."""
+    """An in-process fp32 ``vllm.LLM``, small enough that chunked prefill and mixed steps happen.
+
+    Args:
+        target: folder of the target.
+        draft: folder of the draft; None for no speculation.
+        spec_tokens: drafted tokens of a chain, or nodes of a tree.
+        draft_sample_method: ``greedy`` or ``probabilistic``.
+        tree: depth and width; None for a chain.
+        options: further engine arguments, or other values of those set here.
+    """
     from vllm import LLM
 
     settings: dict[str, Any] = {
@@ -37,6 +47,9 @@ def open_engine(
             "num_speculative_tokens": spec_tokens,
             "draft_sample_method": draft_sample_method,
         }
+        if tree is not None:
+            depth, top_k = tree
+            settings["speculative_config"] |= {"tree_depth": depth, "tree_top_k": top_k}
     return LLM(model=target, **{**settings, **options})
 
 

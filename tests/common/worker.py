@@ -22,7 +22,9 @@ JOBS = {
     "chain": "tests.common.chain_identity:chain_identity",
     "draft_rows": "tests.common.draft_rows:draft_rows",
     "greedy": "tests.common.lossless:greedy_identity",
+    "random": "tests.common.tree_identity:random_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
+    "tree": "tests.common.tree_identity:tree_identity",
 }
 
 

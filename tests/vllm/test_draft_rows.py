@@ -46,8 +46,8 @@ def test_rows_and_chains_agree(reports, kind, runner):
     assert report["cached_tokens"] >= 32
     assert report["wrong_branch"] == 0, report
     assert max(report["largest"].values()) < TOLERANCE, report
-    assert report["chains"] > 30
-    assert report["wrong_chains"] == 0, report
+    assert report["drafts"] > 30
+    assert report["wrong_drafts"] == 0, report
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,53 @@ def test_rows_and_chains_agree(reports, kind, runner):
 def test_faults_are_found(reports, kind, runner, fault):
     """The negative control: the mask ignored, and each mend of Model Runner V1 taken away."""
     broken = reports(kind, runner)["faults"][fault]
+    assert broken["missing"] or broken["largest"]["output"] > 10 * TOLERANCE, broken
+
+
+# Trees ----------------------------------------------------------------------------------------
+
+TREE = [12, 4, 3]
+TREE_RUNS = [("llava", "v1"), ("qwen2_vl", "v1"), ("llava", "v2")]
+
+
+@pytest.fixture(scope="module")
+def tree_reports(tmp_path_factory):
+    """Runs a (kind, runner) with trees, and again without the gather, when first asked for."""
+    folder, cache = tmp_path_factory.mktemp("tree_pairs"), {}
+
+    def report(kind, runner):
+        if (kind, runner) not in cache:
+            pair = tiny.build_pair(folder / f"{kind}-{runner}", kind, decoys=2)
+            cache[kind, runner] = run_worker(
+                "draft_rows",
+                runner,
+                kind=kind,
+                target=pair.target,
+                draft=pair.draft,
+                faults=["draft_gather"],
+                tree=TREE,
+            )
+        return cache[kind, runner]
+
+    return report
+
+
+@pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
+def test_settled_rows_are_those_of_a_chain(tree_reports, kind, runner):
+    """After settling, the draft reads what it reads with chains, and grows the trees it should."""
+    report = tree_reports(kind, runner)
+    assert report["missing"] == 0, report
+    assert report["wrong_branch"] == 0, report
+    assert max(report["largest"].values()) < TOLERANCE, report
+    assert report["drafts"] > 30
+    assert report["wrong_drafts"] == 0, report
+    same = dict(report["from_chains"])
+    assert same.pop("rows") > 200
+    assert max(same.values()) < TOLERANCE, report
+
+
+@pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
+def test_a_missing_gather_is_found(tree_reports, kind, runner):
+    """It changes no output, only what the draft reads."""
+    broken = tree_reports(kind, runner)["faults"]["draft_gather"]
     assert broken["missing"] or broken["largest"]["output"] > 10 * TOLERANCE, broken

@@ -1,0 +1,211 @@
+"""Tree drafting on the constructed pairs: no token differs from no speculation.
+
+The cases of `chain_identity` under an engine that drafts trees, cases of what only trees can get
+wrong, a random workload, and the same with the plugin broken on purpose. The pair's draft is unsure
+(`tiny.build_pair` with ``decoys``), so that other children than the first are accepted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tests.common import workload
+from tests.common.chain_identity import (
+    CASES,
+    MAX_MODEL_LEN,
+    Run,
+    answers_of_plain_engine,
+    check_case,
+    engine_options,
+    greedy,
+    require_runner,
+)
+from tests.common.fp32_engine import acceptance, counted, open_engine, running_engine
+from tests.common.sampling import use_torch_top_p
+from tests.common.tree_mutations import mutated, watched_acceptance
+
+NODES, DEPTH, TOP_K = 12, 4, 3  # with 44 tokens a step, a batch's last trees are cut short
+
+
+def cut_trees(run: Run) -> Any:
+    """Six requests that all draft: 44 tokens a step are three trees and the first of a fourth."""
+    return run.ask([run.prompt(f"{i} go on") for i in range(6)], max_tokens=24)
+
+
+def ends_of_context(run: Run) -> Any:
+    """Several requests run into ``max_model_len``, each after another number of tokens."""
+    prompts = [run.prompt("{} " + "x" * (MAX_MODEL_LEN - 45 - 2 * i), 7) for i in range(4)]
+    answers = run.ask(prompts, max_tokens=MAX_MODEL_LEN)
+    run.seen["lengths"] = [len(answer[0][0]) for answer in answers]
+    return answers
+
+
+def settled_prefixes(run: Run) -> Any:
+    """Prompts that go on from an answer find its blocks in the cache, as acceptance settled them.
+
+    A key or value left in the wrong slot there changes what is said next.
+    """
+    beginnings = [
+        run.prompt("tell a long story. "),
+        run.prompt("{} what is to be seen here? ", 1),
+        run.prompt("and once more: {} {} ", 2, 3),
+    ]
+    first = run.ask(beginnings, max_tokens=100)
+    lengths = run.seen["prompt_tokens"]
+    continued = [
+        {**prompt, "prompt": prompt["prompt"] + answer[0][1] + end}
+        for end in ("", " and?")
+        for prompt, answer in zip(beginnings, first, strict=True)
+    ]
+    second = run.ask(continued, max_tokens=24)
+    run.seen["cached_answer"] = [
+        cached - length
+        for cached, length in zip(run.seen["cached_tokens"], lengths * 2, strict=True)
+    ]
+    return [first, second]
+
+
+def constrained_beside_free(run: Run) -> Any:
+    """Requests that need chains, and free ones, take turns in the same slots."""
+    from vllm.sampling_params import StructuredOutputsParams as Structured
+
+    rules = [
+        {"repetition_penalty": 1.3},
+        {},
+        {"structured_outputs": Structured(regex="(ab|cd|[x-z]{3}){12}"), "ignore_eos": False},
+        {"logprobs": 2},
+        {"bad_words": ["a", "e", "i", "o", "u"]},
+        {"min_tokens": 20, "stop": ["a", "b", "c", "d", "e"]},
+        {"presence_penalty": 1.0},
+        {},
+    ]
+    prompts = [run.prompt(f"{i} {{}} go on", 40 + i % 3) for i in range(16)]
+    lengths = [5 + 4 * (i % 7) for i in range(16)]
+    return run.ask(
+        prompts,
+        [greedy(max_tokens=n, **rules[i % len(rules)]) for i, n in enumerate(lengths)],
+    )
+
+
+def aborts_and_arrivals(run: Run) -> Any:
+    """A small workload in which every second request is aborted; its slots are taken over."""
+    return _served(run, workload.random_requests(16, seed=5, longest=32, abort=0.5))
+
+
+def seeded_samples(run: Run) -> Any:
+    """Sampled with seeds: under Model Runner V2 the noise does not depend on speculation."""
+    use_torch_top_p()
+    prompts = [run.prompt("{} once", 1), run.prompt("twice"), run.prompt("{} {}", 2, 3)]
+    settings = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.95},
+        {"temperature": 2.0, "top_k": 20},
+    ]
+    return run.ask(prompts, [greedy(max_tokens=24, seed=i, **s) for i, s in enumerate(settings, 3)])
+
+
+def _served(run: Run, requests: list[workload.Request]) -> Any:
+    answers = workload.serve(run.engine, run.kind, requests, concurrency=9)
+    # Of an aborted request, only what the other run saw as well can be compared.
+    expected = run.shared.setdefault("answers", answers)
+    return workload.mismatches(requests, expected, answers)
+
+
+TREE_CASES: dict[str, Callable[[Run], Any]] = {
+    case.__name__: case
+    for case in (
+        cut_trees, ends_of_context, settled_prefixes, constrained_beside_free, aborts_and_arrivals,
+        seeded_samples,
+    )
+}  # fmt: skip
+ALL_CASES = {**CASES, **TREE_CASES}
+
+
+def tree_identity(
+    *,
+    runner: str,
+    kind: str,
+    target: str,
+    draft: str,
+    cases: list[str],
+    mutations: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run cases without speculation and with trees; then some with the plugin broken.
+
+    Args:
+        runner: ``v1`` or ``v2``.
+        kind: of the tiny pair.
+        target, draft: its folders.
+        cases: names in ``ALL_CASES``.
+        mutations: names in ``tree_mutations``, and for each the case (among ``cases``) to run.
+
+    Returns:
+        `chain_identity.check_case` and `tree_mutations.Seen` for each case under ``cases``; under
+        ``mutations`` whether the case still gave the same, or the error that it ended with; the
+        blocks still in use at the end.
+    """
+    started = time.perf_counter()
+    chosen = {name: ALL_CASES[name] for name in cases}
+    expected, shared = answers_of_plain_engine(target, kind, runner, chosen)
+    engine = open_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **engine_options(kind))
+    require_runner(engine, runner)
+    results, broken = {}, {}
+    with watched_acceptance(runner) as seen:
+        for name, case in chosen.items():
+            run = Run(engine, kind, shared[name])
+            results[name] = {**check_case(run, case, expected[name]), **seen.report()}
+    used_blocks = workload.used_blocks(engine)
+    total = counted(acceptance(engine))
+    for mutation, name in (mutations or {}).items():
+        engine.reset_prefix_cache()
+        with mutated(runner, mutation):
+            broken[mutation] = check_case(
+                Run(engine, kind, shared[name]), chosen[name], expected[name]
+            )
+    return {
+        "cases": results,
+        "mutations": broken,
+        "total": total,
+        "used_blocks": used_blocks,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def random_identity(
+    *,
+    runner: str,
+    kind: str,
+    target: str,
+    draft: str,
+    requests: int,
+    seed: int,
+    longest: int,
+    concurrency: int = 10,
+) -> dict[str, Any]:
+    """A random workload without speculation and with trees: the requests whose answers differ."""
+    started = time.perf_counter()
+    asked = workload.random_requests(requests, seed, longest, seeded=runner == "v2")
+    with running_engine(target, None, **engine_options(kind)) as plain:
+        require_runner(plain, runner)
+        expected = workload.serve(plain, kind, asked, concurrency, seed)
+    with (
+        running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **engine_options(kind)) as engine,
+        watched_acceptance(runner) as seen,
+    ):
+        require_runner(engine, runner)
+        got = workload.serve(engine, kind, asked, concurrency, seed)
+        return {
+            "runner": runner,
+            "requests": requests,
+            "aborted": sum(answer.aborted for answer in got.values()),
+            "images": sum(len(request.images) for request in asked),
+            "tokens": sum(len(ids) for a in got.values() for ids, *_ in a.samples),
+            "mismatches": workload.mismatches(asked, expected, got),
+            "preemptions": Run(engine, kind, {}).metric("vllm:num_preemptions"),
+            "used_blocks": workload.used_blocks(engine),
+            **counted(acceptance(engine)),
+            **seen.report(),
+            "seconds": round(time.perf_counter() - started, 1),
+        }

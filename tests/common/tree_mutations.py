@@ -1,0 +1,223 @@
+"""Trees broken on purpose, and a look at what trees accept: both inside the worker's process.
+
+Every mutation is a mistake one can really make, patched in where the plugin does that step. One
+test each must notice it; a test that does not proves nothing about the step. ``EVERY`` names what a
+tree needs on top of a chain; the tests run all of it under both model runners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from vllm_msd.kernels import AcceptedPaths
+from vllm_msd.tree import Acceptance, DraftTree
+
+TREES = "vllm_msd.vllm_plugin.trees"
+
+
+@contextmanager
+def patched(place: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace ``module:name`` (or ``module:Class.name``) below ``TREES`` by ``make`` of it."""
+    module, _, path = place.partition(":")
+    *parents, name = path.split(".")
+    owner = import_module(f"{TREES}.{module}")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    with mock.patch.object(owner, name, make(getattr(owner, name))):
+        yield
+
+
+# Mutations -----------------------------------------------------------------------------------
+
+
+def _star_masks(tree_rows: Any) -> Any:
+    """A node sees the root and itself, but not what lies between them."""
+
+    def build(tree_start: Tensor, ancestors: Tensor, is_draft: bool) -> Any:
+        below = ancestors.clone()
+        for shift in (1, 2, 4, 8, 16, 32):
+            below |= below >> shift  # all bits up to the node's own
+        return tree_rows(tree_start, (below ^ (below >> 1)) | 1, is_draft)
+
+    return build
+
+
+def _tokens_in_row_order(original: Any) -> Any:
+    """The accepted path is right, but its tokens are read from the first rows of the tree."""
+
+    def broken(tree: DraftTree, drawn: Tensor, num_nodes: Tensor | None = None) -> Acceptance:
+        right = original(tree, drawn, num_nodes)
+        tokens = torch.where(right.nodes >= 0, drawn, -1)
+        return replace(
+            right, tokens=tokens, next_tokens=tokens.gather(1, right.lengths[:, None])[:, 0]
+        )
+
+    return broken
+
+
+def _linear_sampling_positions(verify: Any) -> Any:
+    """Seeded noise is keyed by the row's slot instead of the node's depth."""
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unshifted = lambda slots, nodes: torch.zeros_like(nodes)  # noqa: E731
+        with mock.patch.object(self.state, "shift", unshifted):
+            return verify(self, *args, **kwargs)
+
+    return broken
+
+
+def _inherited(name: str) -> Callable[[Any], Any]:
+    """A method of `TreeModelState` left out: vLLM's own in its place."""
+
+    def make(_: Any) -> Any:
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        return getattr(DefaultModelState, name)
+
+    return make
+
+
+def _nothing(_: Any) -> Callable[..., None]:
+    return lambda *args, **kwargs: None
+
+
+def _no_offsets(original: Any) -> Any:
+    return lambda step: torch.zeros_like(original(step))
+
+
+def _identity_index(_: Any) -> Any:
+    return lambda root_rows, nodes, num_rows: torch.arange(num_rows)
+
+
+def _flat_tokens_in_row_order(original: Any) -> Any:
+    """The same mistake with the kernel's arguments: rows of all requests one after another."""
+
+    def broken(drawn: Tensor, tokens: Tensor, parents: Tensor, row_start: Tensor) -> Any:
+        right = original(drawn, tokens, parents, row_start)
+        rows = row_start[:-1, None].long() + torch.arange(parents.shape[1])
+        wrong = drawn.long()[rows.clamp(max=len(drawn) - 1)]
+        return right._replace(tokens=torch.where(right.nodes >= 0, wrong, -1))
+
+    return broken
+
+
+# What is broken, for each model runner: the place and its replacement.
+MUTATIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
+    "v1": {
+        "mask": ("runner_v1:TreeRows", _star_masks),
+        "position": ("step_v1:StepTrees.rotary_offsets", _no_offsets),
+        "settle": ("runner_v1:settle_cpu", _nothing),
+        "acceptance": ("sampler_v1:accept", _tokens_in_row_order),
+        "draft_gather": ("runner_v1:settle_index", _identity_index),
+    },
+    "v2": {
+        "mask": ("model_state_v2:TreeRows", _star_masks),
+        "position": ("model_state_v2:TreeModelState.prepare_inputs", _inherited("prepare_inputs")),
+        "settle": (
+            "model_state_v2:TreeModelState.postprocess_state", _inherited("postprocess_state"),
+        ),
+        "acceptance": ("sampler_v2:accept", _flat_tokens_in_row_order),
+        "sampling_position": (
+            "sampler_v2:TreeRejectionSampler._verify", _linear_sampling_positions,
+        ),
+        "draft_gather": ("model_state_v2:TreeModelState.settled_rows", _nothing),
+    },
+}  # fmt: skip
+# The gather of the draft's inputs changes no output, only what the draft reads.
+SHOWS_IN_OUTPUT = {
+    runner: [name for name in table if name != "draft_gather"]
+    for runner, table in MUTATIONS.items()
+}
+
+
+@contextmanager
+def mutated(runner: str, name: str) -> Iterator[None]:
+    """Break one step of a tree engine in this process."""
+    with patched(*MUTATIONS[runner][name]):
+        yield
+
+
+# What trees accept ---------------------------------------------------------------------------
+
+ACCEPT = {"v1": "sampler_v1:accept", "v2": "sampler_v2:accept"}
+
+
+@dataclass
+class Seen:
+    """What the walks accepted so far.
+
+    ``other_children``: accepted nodes that are not their parent's first child, which no chain could
+    have accepted. ``branching``: verified trees in which a node has two children. ``cut``: trees
+    that the scheduler made shorter than the largest one in ``sizes``.
+    """
+
+    trees: int = 0
+    branching: int = 0
+    accepted: int = 0
+    other_children: int = 0
+    deepest: int = 0
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    def add(self, parents: Tensor, num_nodes: Tensor, found: Acceptance | AcceptedPaths) -> None:
+        """Count the trees of one step."""
+        node = torch.arange(parents.shape[1])
+        is_real = node < num_nodes[:, None]
+        twins = (parents[:, :, None] == parents[:, None, :]) & (node < node[:, None])
+        is_other = twins.any(-1)
+        on_path = torch.zeros_like(is_other).scatter_(1, found.nodes.clamp(min=0), True)
+        self.trees += int((num_nodes > 1).sum())
+        self.branching += int((is_other & is_real).any(1).sum())
+        self.accepted += int(found.lengths.sum())
+        self.other_children += int((on_path & is_other).sum())
+        self.deepest = max(self.deepest, int(found.lengths.max()))
+        for size in num_nodes.tolist():
+            self.sizes[size] = self.sizes.get(size, 0) + 1
+
+    def report(self) -> dict[str, Any]:
+        """The counts as plain numbers, and no longer here."""
+        counts = {
+            "trees": self.trees,
+            "branching": self.branching,
+            "path_nodes": self.accepted,
+            "other_children": self.other_children,
+            "deepest": self.deepest,
+            "tree_sizes": {str(size): n for size, n in sorted(self.sizes.items())},
+        }
+        self.__init__()
+        return counts
+
+
+@contextmanager
+def watched_acceptance(runner: str) -> Iterator[Seen]:
+    """Count what the engines of this process accept, from where their sampler calls `accept`."""
+    seen = Seen()
+
+    def watch_v1(original: Any) -> Any:
+        def watching(tree: DraftTree, drawn: Tensor, num_nodes: Tensor) -> Acceptance:
+            found = original(tree, drawn, num_nodes)
+            seen.add(tree.parents, num_nodes, found)
+            return found
+
+        return watching
+
+    def watch_v2(original: Any) -> Any:
+        def watching(
+            drawn: Tensor, tokens: Tensor, parents: Tensor, row_start: Tensor
+        ) -> AcceptedPaths:
+            found = original(drawn, tokens, parents, row_start)
+            seen.add(parents, row_start.diff(), found)
+            return found
+
+        return watching
+
+    watch = {"v1": watch_v1, "v2": watch_v2}[runner]
+    with patched(ACCEPT[runner], watch):
+        yield seen

@@ -1,0 +1,104 @@
+"""Draft trees change no token: constructed pairs, and the same with the plugin broken on purpose.
+
+Each report comes from one process with two engines (see ``tests.common.tree_identity``); the tests
+of a report only read it. The drafts are unsure, so that more than first children are accepted.
+"""
+
+import pytest
+
+from tests.common import tiny
+from tests.common.tree_identity import ALL_CASES
+from tests.common.worker import run_worker
+
+# vLLM 0.32 and 0.33 crash under Model Runner V1 on the CPU when a seeded prompt comes in chunks.
+V1_CASES = [name for name in ALL_CASES if name != "seeded_samples"]
+M_ROPE_CASES = ["mixed_batch", "chunk_inside_image", "prefix_cache", "preemption"]
+V2_CASES = [
+    "mixed_batch", "preemption", "logprobs", "end_of_context", "cut_trees", "settled_prefixes",
+    "constrained_beside_free", "seeded_samples",
+]  # fmt: skip
+RUNS = {
+    ("llava", "v1"): V1_CASES,
+    ("llava", "v2"): V2_CASES,
+    ("qwen2_vl", "v1"): M_ROPE_CASES,
+    ("qwen2_5_vl", "v1"): M_ROPE_CASES[:1],
+    ("qwen2_vl", "v2"): M_ROPE_CASES[:1],
+}
+# What is broken in which run, and the case that has to notice it.
+MUTATIONS = {
+    ("llava", "v1"): {
+        "mask": "mixed_batch",
+        "position": "mixed_batch",
+        "settle": "mixed_batch",
+        "acceptance": "mixed_batch",
+    },
+    ("llava", "v2"): {
+        "mask": "mixed_batch",
+        "position": "mixed_batch",
+        "settle": "mixed_batch",
+        "acceptance": "mixed_batch",
+        "sampling_position": "seeded_samples",
+    },
+    ("qwen2_vl", "v1"): {"position": "mixed_batch"},
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Runs a (kind, runner) when it is first asked for."""
+    folder, pairs, cache = tmp_path_factory.mktemp("pairs"), {}, {}
+
+    def report(kind, runner):
+        if kind not in pairs:
+            pairs[kind] = tiny.build_pair(folder / kind, kind, decoys=2)
+        if (kind, runner) not in cache:
+            pair = pairs[kind]
+            cache[kind, runner] = run_worker(
+                "tree",
+                runner,
+                kind=kind,
+                target=pair.target,
+                draft=pair.draft,
+                cases=RUNS[kind, runner],
+                mutations=MUTATIONS.get((kind, runner)),
+            )
+        return cache[kind, runner]
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("kind", "runner", "case"), [(*run, case) for run, cases in RUNS.items() for case in cases]
+)
+def test_same_tokens(reports, kind, runner, case):
+    result = reports(kind, runner)["cases"][case]
+    assert result["same"], result["first_difference"]
+    assert result["accepted"] > 0
+    assert result["rejected"] > 0
+    assert result["branching"] > 0
+    assert result["other_children"] > 0
+
+
+@pytest.mark.parametrize(("kind", "runner"), RUNS)
+def test_cases_saw_what_they_are_for(reports, kind, runner):
+    """A preemption case without preemption, say, would prove nothing."""
+    report = reports(kind, runner)
+    cases = report["cases"]
+    assert max(case["deepest"] for case in cases.values()) == 4
+    assert report["used_blocks"] == 0
+    if "preemption" in cases:
+        assert cases["preemption"]["preemptions"] > 0
+    if "end_of_context" in cases:
+        assert cases["end_of_context"]["reached_the_end"]
+        assert len(cases["end_of_context"]["tree_sizes"]) > 3  # cut by the end of the context
+    if "cut_trees" in cases:
+        assert len(cases["cut_trees"]["tree_sizes"]) > 1
+    if "settled_prefixes" in cases:
+        assert all(count >= 32 for count in cases["settled_prefixes"]["cached_answer"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "runner", "mutation"), [(*run, m) for run, table in MUTATIONS.items() for m in table]
+)
+def test_mutations_are_noticed(reports, kind, runner, mutation):
+    assert not reports(kind, runner)["mutations"][mutation]["same"]
