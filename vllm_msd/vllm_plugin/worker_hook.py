@@ -1,9 +1,9 @@
 """Gives a worker of an MSD engine its drafter, or the runner that drafts trees.
 
-Model Runner V1 only: Model Runner V2 drives an MSD draft as it is. The runner has built vLLM's
-EAGLE drafter by then and loaded no weights yet, so the drafter is simply replaced by our subclass
-of it. For draft trees the whole runner is ours. Engines in the same process that speculate
-otherwise are not touched.
+Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
+simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
+drives chains as it is, and gets our speculator for trees. Engines in the same process that
+speculate otherwise are not touched.
 """
 
 import functools
