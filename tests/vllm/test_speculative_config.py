@@ -392,6 +392,7 @@ def test_engines_that_do_not_work(pair, engine, message):
     [
         ({"max_num_batched_tokens": 12, "max_num_seqs": 1}, "at least 13 .*the rows of one tree"),
         ({"max_num_batched_tokens": 40, "max_num_seqs": 14}, "at least 42 .*one level"),
+        ({"enable_dbo": True}, "enable_dbo does not work with a draft tree"),
         ({"logits_processors": ["a:b"]}, "logits_processors does not work with a draft tree"),
         ({"data_parallel_size": 2}, "data_parallel_size=2 does not work with a draft tree"),
         ({"kv_transfer_config": {"kv_role": "kv_both"}}, "kv_transfer_config does not work"),

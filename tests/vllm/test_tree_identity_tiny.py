@@ -102,3 +102,28 @@ def test_cases_saw_what_they_are_for(reports, kind, runner):
 )
 def test_mutations_are_noticed(reports, kind, runner, mutation):
     assert not reports(kind, runner)["mutations"][mutation]["same"]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_random_workload(tmp_path, runner):
+    """Random lengths, images, samplings and aborts in a cache that is too small for all."""
+    pair = tiny.build_pair(tmp_path / "pair", "llava", decoys=2)
+    report = run_worker(
+        "random",
+        runner,
+        kind="llava",
+        target=pair.target,
+        draft=pair.draft,
+        requests={"v1": 40, "v2": 10}[runner],
+        seed=11,
+        longest={"v1": 120, "v2": 40}[runner],
+    )
+    assert report["mismatches"] == []
+    assert report["used_blocks"] == 0
+    assert report["images"] > 0
+    assert report["accepted"] > 0
+    assert report["rejected"] > 0
+    assert report["other_children"] > 0
+    if runner == "v1":  # enough requests for the rare things
+        assert report["aborted"] > 0
+        assert report["preemptions"] > 0

@@ -46,6 +46,7 @@ _NOT_WITH_TREES = {
     "kv_transfer_config": "rows may be sent away before the tree is settled",
     "logits_processors": "a processor of your own may read the rows before its own as its past",
     "watermark_config": "a watermark depends on the tokens of the rows before",
+    "enable_dbo": "a step's trees are those of one batch",
     "enable_batch_sharded_sampling": "a tree is sampled and walked on one rank",
 }
 
