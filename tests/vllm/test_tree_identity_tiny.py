@@ -13,9 +13,10 @@ from tests.common.worker import run_worker
 # vLLM 0.32 and 0.33 crash under Model Runner V1 on the CPU when a seeded prompt comes in chunks.
 V1_CASES = [name for name in ALL_CASES if name != "seeded_samples"]
 M_ROPE_CASES = ["mixed_batch", "chunk_inside_image", "prefix_cache", "preemption"]
+# Triton's interpreter is slow: here what the runners do differently.
 V2_CASES = [
-    "mixed_batch", "preemption", "logprobs", "end_of_context", "cut_trees", "settled_prefixes",
-    "constrained_beside_free", "seeded_samples",
+    "mixed_batch", "logprobs", "end_of_context", "settled_prefixes", "constrained_beside_free",
+    "seeded_samples",
 ]  # fmt: skip
 RUNS = {
     ("llava", "v1"): V1_CASES,
@@ -114,7 +115,7 @@ def test_random_workload(tmp_path, runner):
         kind="llava",
         target=pair.target,
         draft=pair.draft,
-        requests={"v1": 40, "v2": 10}[runner],
+        requests={"v1": 40, "v2": 8}[runner],
         seed=11,
         longest={"v1": 120, "v2": 40}[runner],
     )
