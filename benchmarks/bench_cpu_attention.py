@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from tests.common.cpu_trees import CpuModel
-from vllm_msd.demo.provenance import provenance
+from vllm_msd.provenance import provenance
 from vllm_msd.tree import tree_relations
 from vllm_msd.vllm_plugin.trees.attention import TreeRows
 from vllm_msd.vllm_plugin.trees.cpu_paths import plan_paths

@@ -39,7 +39,7 @@ def main() -> int:
 
     from vllm_msd.demo import paths
     from vllm_msd.demo.compare import compare, figures, held_out_samples
-    from vllm_msd.demo.provenance import provenance
+    from vllm_msd.provenance import provenance
 
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     result = provenance(**settings)

@@ -67,7 +67,7 @@ def main() -> int:
 
     import torch
 
-    from vllm_msd.demo.provenance import provenance
+    from vllm_msd.provenance import provenance
 
     if args.dtype == "auto":
         in_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 from tests.common import small_vocabulary  # noqa: E402
 from tests.common.worker import run_worker  # noqa: E402
 from vllm_msd.demo.paths import demo_pair  # noqa: E402
-from vllm_msd.demo.provenance import provenance  # noqa: E402
+from vllm_msd.provenance import provenance  # noqa: E402
 
 PARTS = ("greedy-v1", "greedy-v2", "sampling-v1", "probabilistic-v1", "sampling-v2")
 TIMEOUT = 7200.0  # seconds for one part

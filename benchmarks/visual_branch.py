@@ -32,8 +32,8 @@ def main() -> int:
 
     from vllm_msd.demo import compare, paths
     from vllm_msd.demo.image_swap import swap_images
-    from vllm_msd.demo.provenance import provenance
     from vllm_msd.demo.world import IMAGE_KINDS, sample
+    from vllm_msd.provenance import provenance
 
     facts = provenance(
         num_prompts=args.num_prompts,

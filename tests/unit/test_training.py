@@ -5,8 +5,8 @@ import torch
 
 from vllm_msd.draft import DraftRows, MSDDraft, MSDDraftConfig
 from vllm_msd.training.curriculum import hidden_noise, visual_ratio
-from vllm_msd.training.features import drafted_rows
 from vllm_msd.training.losses import draft_loss
+from vllm_msd.training.rows import drafted_rows
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
 
 HIDDEN = 32

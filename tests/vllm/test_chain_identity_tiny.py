@@ -4,6 +4,8 @@ Each report comes from one process with two engines (see ``tests.common.chain_id
 of a report only read it. LLaVA runs every case. The Qwen targets run what M-RoPE has a part in.
 """
 
+from functools import cache
+
 import pytest
 
 from tests.common import tiny
@@ -27,24 +29,24 @@ CONSTRAINED = {"structured_output", "penalties"}
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) when it is first asked for."""
-    folder, cache = tmp_path_factory.mktemp("pairs"), {}
-    pairs = {}
+    folder = tmp_path_factory.mktemp("pairs")
 
+    @cache
+    def pair_of(kind):
+        return tiny.build_pair(folder / kind, kind)
+
+    @cache
     def report(kind, runner):
-        if kind not in pairs:
-            pairs[kind] = tiny.build_pair(folder / kind, kind)
-        if (kind, runner) not in cache:
-            pair = pairs[kind]
-            cache[kind, runner] = run_worker(
-                "chain",
-                runner,
-                kind=kind,
-                target=pair.target,
-                # The published layout for one of them: it is read without conversion.
-                draft=pair.published if kind == "qwen2_5_vl" else pair.draft,
-                cases=RUNS[kind, runner],
-            )
-        return cache[kind, runner]
+        pair = pair_of(kind)
+        return run_worker(
+            "chain",
+            runner,
+            kind=kind,
+            target=pair.target,
+            # The published layout for one of them: it is read without conversion.
+            draft=pair.published if kind == "qwen2_5_vl" else pair.draft,
+            cases=RUNS[kind, runner],
+        )
 
     return report
 

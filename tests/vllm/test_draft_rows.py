@@ -4,6 +4,8 @@ fp32 throughout. The target's side goes through Hugging Face's own implementatio
 are those of two fp32 implementations of a few layers; a wrong row is off by 0.1 and more.
 """
 
+from functools import cache
+
 import pytest
 
 from tests.common import tiny
@@ -22,17 +24,18 @@ RUNS = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) with its faults when it is first asked for."""
-    folder, pairs, cache = tmp_path_factory.mktemp("pairs"), {}, {}
+    folder = tmp_path_factory.mktemp("pairs")
 
+    @cache
+    def pair_of(kind):
+        return tiny.build_pair(folder / kind, kind)
+
+    @cache
     def report(kind, runner):
-        if kind not in pairs:
-            pairs[kind] = tiny.build_pair(folder / kind, kind)
-        if (kind, runner) not in cache:
-            pair, faults = pairs[kind], RUNS[kind, runner]
-            cache[kind, runner] = run_worker(
-                "draft_rows", runner, kind=kind, target=pair.target, draft=pair.draft, faults=faults
-            )
-        return cache[kind, runner]
+        pair, faults = pair_of(kind), RUNS[kind, runner]
+        return run_worker(
+            "draft_rows", runner, kind=kind, target=pair.target, draft=pair.draft, faults=faults
+        )
 
     return report
 
@@ -68,21 +71,23 @@ TREE_RUNS = [("llava", "v1"), ("qwen2_vl", "v1"), ("llava", "v2")]
 @pytest.fixture(scope="module")
 def tree_reports(tmp_path_factory):
     """Runs a (kind, runner) with trees, and again without the gather, when first asked for."""
-    folder, cache = tmp_path_factory.mktemp("tree_pairs"), {}
+    folder = tmp_path_factory.mktemp("tree_pairs")
 
+    @cache
+    def pair_of(kind):
+        return tiny.build_pair(folder / kind, kind, decoys=2)
+
+    @cache
     def report(kind, runner):
-        if (kind, runner) not in cache:
-            pair = tiny.build_pair(folder / f"{kind}-{runner}", kind, decoys=2)
-            cache[kind, runner] = run_worker(
-                "draft_rows",
-                runner,
-                kind=kind,
-                target=pair.target,
-                draft=pair.draft,
-                faults=["draft_gather"],
-                tree=TREE,
-            )
-        return cache[kind, runner]
+        return run_worker(
+            "draft_rows",
+            runner,
+            kind=kind,
+            target=pair_of(kind).target,
+            draft=pair_of(kind).draft,
+            faults=["draft_gather"],
+            tree=TREE,
+        )
 
     return report
 

@@ -4,6 +4,8 @@ Each report comes from one process with two engines (see ``tests.common.tree_ide
 of a report only read it. The drafts are unsure, so that more than first children are accepted.
 """
 
+from functools import cache
+
 import pytest
 
 from tests.common import tiny
@@ -47,23 +49,23 @@ MUTATIONS = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) when it is first asked for."""
-    folder, pairs, cache = tmp_path_factory.mktemp("pairs"), {}, {}
+    folder = tmp_path_factory.mktemp("pairs")
 
+    @cache
+    def pair_of(kind):
+        return tiny.build_pair(folder / kind, kind, decoys=2)
+
+    @cache
     def report(kind, runner):
-        if kind not in pairs:
-            pairs[kind] = tiny.build_pair(folder / kind, kind, decoys=2)
-        if (kind, runner) not in cache:
-            pair = pairs[kind]
-            cache[kind, runner] = run_worker(
-                "tree",
-                runner,
-                kind=kind,
-                target=pair.target,
-                draft=pair.draft,
-                cases=RUNS[kind, runner],
-                mutations=MUTATIONS.get((kind, runner)),
-            )
-        return cache[kind, runner]
+        return run_worker(
+            "tree",
+            runner,
+            kind=kind,
+            target=pair_of(kind).target,
+            draft=pair_of(kind).draft,
+            cases=RUNS[kind, runner],
+            mutations=MUTATIONS.get((kind, runner)),
+        )
 
     return report
 

@@ -5,12 +5,13 @@
 a target.
 """
 
-from vllm_msd.checkpoint.fit import check_draft_fits_target
+from vllm_msd.checkpoint.fit import check_draft_fits_target, check_draft_sizes
 from vllm_msd.checkpoint.inspect import inspect_draft
 from vllm_msd.checkpoint.store import convert_draft, load_draft, load_draft_config, save_draft
 
 __all__ = [
     "check_draft_fits_target",
+    "check_draft_sizes",
     "convert_draft",
     "inspect_draft",
     "load_draft",

@@ -54,7 +54,16 @@ def check_draft_fits_target(
             f"{named or target.model_type} (family {family}). Use a draft that was trained for "
             "this target."
         )
-    text = text_config(target)
+    check_draft_sizes(config, text_config(target))
+
+
+def check_draft_sizes(config: MSDDraftConfig, text: "PreTrainedConfig") -> None:
+    """Raise CheckpointError unless the draft's sizes fit a target's language model.
+
+    Args:
+        config: of the draft.
+        text: the part of the target's config that describes its language model.
+    """
     if config.hidden_size != text.hidden_size:
         raise CheckpointError(
             f"hidden size: got {config.hidden_size} in the draft, expected the target's "

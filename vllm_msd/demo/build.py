@@ -9,11 +9,11 @@ import json
 import shutil
 from pathlib import Path
 
+from vllm_msd.provenance import provenance
 from vllm_msd.training import parallel, train_draft
 from vllm_msd.training.train_draft import DraftTraining
 
 from . import evaluate, train_target
-from .provenance import provenance
 from .train_target import TargetTraining
 
 # Share of the time that goes to the target; the rest is the draft's.

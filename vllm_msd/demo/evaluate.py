@@ -20,12 +20,12 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.draft import MSDDraft
+from vllm_msd.provenance import provenance
 from vllm_msd.training.features import target_features
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
 
 from .data import collate, pixels
 from .draft_data import generate_replies
-from .provenance import provenance
 from .world import KINDS, Sample, random_guess, sample, score
 
 BATCH = 25

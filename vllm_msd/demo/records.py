@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .provenance import provenance
+from vllm_msd.provenance import provenance
 
 
 def world_digest() -> str:

@@ -20,8 +20,8 @@ from vllm_msd.demo.compare import (
     held_out_samples,
 )
 from vllm_msd.demo.engine import Drafting
-from vllm_msd.demo.provenance import provenance
 from vllm_msd.demo.report import KIND_NAMES, render
+from vllm_msd.provenance import provenance
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vllm_msd.checkpoint import load_draft
+from vllm_msd.checkpoint import check_draft_sizes, load_draft
 from vllm_msd.checkpoint.files import locate
 from vllm_msd.draft import MSDDraft
-from vllm_msd.errors import CheckpointError, DataError
+from vllm_msd.errors import DataError
 from vllm_msd.provenance import provenance
 from vllm_msd.training.acceptance import (
     chain_acceptance,
@@ -71,14 +71,7 @@ def evaluate(
     roots = image_roots(image_root or [], files)
     where = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     model = Target.load(target, target_dtype, device=where)
-    if (config.hidden_size, True) != (
-        model.text.hidden_size, config.vocab_size <= model.text.vocab_size
-    ):  # fmt: skip
-        raise CheckpointError(
-            f"the draft {draft} has hidden size {config.hidden_size} and {config.vocab_size} "
-            f"tokens, the target {model.text.hidden_size} and {model.text.vocab_size}. Use a draft "
-            "that was trained for this target."
-        )
+    check_draft_sizes(config, model.text)
     weights = {k: v.float() for k, v in state.items() if k != "embed_tokens.weight"}
     small = MSDDraft.from_state_dict(config, weights).eval().to(where)
     chosen = _first_of_each_kind(files, records)

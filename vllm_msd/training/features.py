@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from vllm_msd.draft import DraftRows, shift
+from vllm_msd.training.rows import drafted_rows
 
 
 @dataclass
@@ -26,17 +27,6 @@ class TargetFeatures:
     next_hidden: Tensor
     loss_mask: Tensor
     tokens: Tensor
-
-
-def drafted_rows(answer_mask: Tensor) -> Tensor:
-    """Rows whose prediction is an answer token after the first, ``[B, S]`` bool.
-
-    Row j predicts token j + 2 from token j + 1, so both must be in the answer: its first token
-    comes from the target itself, never from the draft.
-    """
-    mask = torch.zeros_like(answer_mask)
-    mask[:, :-2] = answer_mask[:, 1:-1] & answer_mask[:, 2:]
-    return mask
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) 
         with torch.no_grad():
             draft.fc.weight[:, config.hidden_size :] += torch.eye(config.hidden_size)
             if not config.input_norm:
-                _open_heads_for_images(draft)
+                open_heads_for_images(draft)
     return draft
 
 
@@ -101,7 +101,7 @@ def _loaded(draft: MSDDraft, folder: str) -> MSDDraft:
     return draft
 
 
-def _open_heads_for_images(draft: MSDDraft) -> None:
+def open_heads_for_images(draft: MSDDraft) -> None:
     """Start the second half of the first layer's heads anew, with small keys and values.
 
     Visual rows enter raw and, without an input norm, many times larger than text rows (ten times

@@ -27,11 +27,9 @@ from vllm_msd.draft import DraftRows, MSDDraft, MSDDraftConfig, TargetInfo
 from vllm_msd.training import parallel
 from vllm_msd.training.curriculum import hidden_noise, visual_ratio
 from vllm_msd.training.features import TargetFeatures, target_features
+from vllm_msd.training.initial import open_heads_for_images
 from vllm_msd.training.losses import draft_loss
 from vllm_msd.training.unroll import unroll
-
-# How much larger than text rows visual rows are taken to be.
-VISUAL_SCALE = 8.0
 
 
 @dataclass(frozen=True)
@@ -117,26 +115,8 @@ def initial_draft(target: LlavaForConditionalGeneration, config: MSDDraftConfig)
     hidden = config.hidden_size
     with torch.no_grad():
         draft.fc.weight[:, hidden:] += torch.eye(hidden)
-        _open_heads_for_images(draft)
+        open_heads_for_images(draft)
     return draft
-
-
-def _open_heads_for_images(draft: MSDDraft) -> None:
-    """Start the second half of the first layer's heads anew, with small keys and values.
-
-    Visual rows enter raw and, without an input norm, many times larger than text rows (ten times
-    in the demo pair). With copied weights their attention logits are huge, the first steps shut
-    them out, and a soft-max that gives them nothing never lets them back in.
-    """
-    attention = draft.layers[0].self_attn
-    half = attention.q_proj.out_features // 2
-    if half % attention.head_dim or attention.k_proj.out_features != 2 * half:
-        return  # grouped keys belong to copied heads as well
-    std = attention.q_proj.in_features**-0.5
-    attention.q_proj.weight[half:].normal_(0.0, std)
-    attention.k_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
-    attention.v_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
-    attention.o_proj.weight[:, half:].normal_(0.0, 0.5 * std)
 
 
 def batch_loss(

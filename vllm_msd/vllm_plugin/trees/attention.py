@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ATTRIBUTE = "msd_tree"  # the attribute of vLLM's attention metadata that carries the trees
@@ -53,6 +54,21 @@ class TreeRows:
     def applies_to(self, layer: Any) -> bool:
         """Whether this attention layer has to follow the trees, or is causal."""
         return self.is_draft or not getattr(layer, "is_draft_layer", False)
+
+
+def draft_level(tree_start: Tensor, visible: Tensor, older: TreeRows | None) -> TreeRows:
+    """One level of a drafting round, as `vllm_msd.tree.grow_tree` describes it.
+
+    Args:
+        tree_start: ``[R]`` int32 position of each request's first drafted row.
+        visible: ``[R, k, k * (level + 1)]`` bool, which drafted rows each row of the level sees.
+        older: the level before, if any.
+    """
+    bit = torch.arange(visible.shape[-1], device=visible.device)
+    ancestors = (visible.long() << bit).sum(-1).flatten()
+    if older is None:
+        return TreeRows(tree_start, ancestors, is_draft=True)
+    return older.next_level(ancestors)
 
 
 def attach(attn_metadata: dict[str, Any], tree: TreeRows | None) -> None:

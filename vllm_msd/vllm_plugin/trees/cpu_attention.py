@@ -218,19 +218,23 @@ def settle_cpu(tree: TreeRows, nodes: Tensor, root_rows: Tensor) -> None:
     to = (root_rows[:, None] + place)[moved]
     if len(to) == 0:
         return
+    moves: dict[int, tuple[Tensor, Tensor]] = {}  # copies and their slots, the same for all layers
+    for key, shared in tree.derived.items():
+        if isinstance(shared, _Pass):
+            copies = shared.plan.copy_of_row[come_from]
+            if (copies < 0).any():
+                raise ValueError("settle: an accepted node is none of its request's tree")
+            moves[key] = copies, shared.metadata.slot_mapping[to]
     for rows in tree.derived.values():
-        if not isinstance(rows, _LayerRows):
-            continue
-        copies = rows.shared.plan.copy_of_row[come_from]
-        if (copies < 0).any():
-            raise ValueError("settle: an accepted node is none of its request's tree")
-        rows.impl.do_kv_cache_update(
-            rows.layer,
-            rows.keys.index_select(0, copies),
-            rows.values.index_select(0, copies),
-            rows.kv_cache,
-            rows.shared.metadata.slot_mapping[to],
-        )
+        if isinstance(rows, _LayerRows):
+            copies, slots = moves[id(rows.shared.metadata)]
+            rows.impl.do_kv_cache_update(
+                rows.layer,
+                rows.keys.index_select(0, copies),
+                rows.values.index_select(0, copies),
+                rows.kv_cache,
+                slots,
+            )
 
 
 def _rows_of(layer: Any) -> tuple[str, int]:

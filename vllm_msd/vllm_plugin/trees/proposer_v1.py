@@ -14,7 +14,7 @@ from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from vllm_msd.tree import DraftTree, grow_tree
 from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
-from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
+from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach, draft_level
 from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
 from vllm_msd.vllm_plugin.trees.settings import check_level_rows, tree_config
 
@@ -104,16 +104,12 @@ class TreeProposer(MSDProposer):
         batch, num_rows = len(root_tokens), len(root_tokens) * k
         query_start = self.arange[: batch + 1] * k
         slots = self._slots(first_slots, block_table)
+        tree_start = first_slots.int()
         tree_rows: TreeRows | None = None
 
         def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
             nonlocal tree_rows
-            bit = torch.arange(visible.shape[-1], device=self.device)
-            ancestors = (visible.long() << bit).sum(-1).flatten()
-            if tree_rows is None:
-                tree_rows = TreeRows(first_slots.int(), ancestors, is_draft=True)
-            else:
-                tree_rows = tree_rows.next_level(ancestors)
+            tree_rows = draft_level(tree_start, visible, tree_rows)
             attention = CommonAttentionMetadata(
                 query_start_loc=query_start,
                 query_start_loc_cpu=query_start.cpu(),

@@ -32,7 +32,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.tree import DraftTree, grow_tree
-from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
+from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach, draft_level
 from vllm_msd.vllm_plugin.trees.backend import register_attention, reserve_kv
 from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
 from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
@@ -203,13 +203,7 @@ class TreeSpeculator(EagleSpeculator):
             tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, level: int
         ) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal tree
-            columns = torch.arange(visible.shape[-1], device=first.device)
-            ancestors = (visible.long() << columns).sum(-1).flatten()
-            tree = (
-                TreeRows(tree_start, ancestors, True)
-                if tree is None
-                else tree.next_level(ancestors)
-            )
+            tree = draft_level(tree_start, visible, tree)
             buffers.input_ids[:num_rows] = tokens.flatten()
             self.hidden_states[:num_rows] = hidden.flatten(0, 1)
             metadata = slot_mappings = None
