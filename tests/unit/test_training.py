@@ -108,6 +108,16 @@ def test_unrolled_steps_equal_one_chain_at_a_time(draft):
                 assert torch.allclose(unrolled[step][:, end], last[:, 0], atol=1e-5), (start, step)
 
 
+@pytest.mark.parametrize("first", [1, 4, 7])
+def test_unrolling_from_a_row_on_changes_nothing_there(draft, first):
+    rows = _rows(2, 12)
+    with torch.no_grad():
+        everywhere, late = unroll(draft, rows, 4), unroll(draft, rows, 4, first=first)
+    for whole, part in zip(everywhere, late, strict=True):
+        assert torch.allclose(whole[:, first:], part[:, first:], atol=1e-5)
+    assert not late[-1][:, : max(0, first - 2)].any()
+
+
 def test_unrolled_gradients_are_finite_with_padding(draft):
     rows = _rows(2, 12)
     outputs = unroll(draft, rows, 3)

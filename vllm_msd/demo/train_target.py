@@ -307,7 +307,9 @@ def main() -> None:
     """Command line: every field of `TargetTraining` is a flag."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, fld in TargetTraining.__dataclass_fields__.items():
-        kind = {"action": argparse.BooleanOptionalAction} if fld.type is bool else {"type": fld.type}
+        kind: dict[str, Any] = {"type": fld.type}
+        if fld.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=fld.default, required=name == "output", **kind
         )

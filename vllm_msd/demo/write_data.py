@@ -42,7 +42,6 @@ def write_data(
     Returns:
         Paths of the two files by name.
     """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     images = {k: w for k, w in MIX.items() if k in (kinds or IMAGE_KINDS)}
     found = {}
     for name, shares in (("text", {"text": 1.0}), ("multimodal", images)):
@@ -59,12 +58,17 @@ def write_data(
         if target:
             report(f"{name}: letting the target answer {records} questions")
             _answer(samples, target)
-        rows = [_row(f"{name}-{i}", item, folder) for i, item in enumerate(samples)]
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        report(f"wrote {path}")
-        found[name] = path
+        found[name] = folder / f"{name}.json"
+        write_records(found[name], samples)
+        report(f"wrote {found[name]}")
     return found
+
+
+def write_records(path: Path, samples: list[Sample]) -> None:
+    """Write conversations to a JSON file, and their images to ``images/`` beside it."""
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    rows = [_row(f"{path.stem}-{i}", item, path.parent) for i, item in enumerate(samples)]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _row(identity: str, item: Sample, folder: Path) -> dict[str, Any]:

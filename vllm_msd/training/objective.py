@@ -58,7 +58,9 @@ class DraftObjective(nn.Module):
             sums of the regression and the distillation loss, and the rows that agree.
         """
         wanted = hidden[:, 1:][mask[:, :-1]]
-        outputs = unroll(self.draft, rows, self.steps, self.checkpointing)
+        counted = mask.any(0).nonzero()
+        first = int(counted[0]) if len(counted) else 0
+        outputs = unroll(self.draft, rows, self.steps, self.checkpointing, first)
         predicted = torch.stack([out[mask] for out in outputs])
         regression = row_distances(predicted, wanted).sum(1)
         surprise, agrees = token_losses(predicted, wanted, head)

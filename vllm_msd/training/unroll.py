@@ -15,28 +15,33 @@ both training on the text and counting accepted tokens need.
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_msd.draft import DraftCache, DraftRows, MSDDraft
 
 
-def chain_visibility(mask: Tensor, step: int) -> Tensor:
-    """What step `step` (from 1) sees of all columns so far, ``[B, S, step * S]`` bool.
+def chain_visibility(mask: Tensor, step: int, first: int = 0) -> Tensor:
+    """What step `step` (from 1) sees of all columns so far, ``[B, rows, columns]`` bool.
 
-    mask: ``[B, S]`` bool, False at padding.
+    Args:
+        mask: ``[B, S]`` bool, False at padding.
+        step: its S - `first` rows (all S in step 1) see S columns of step 1, and as many of each
+            later step as it has rows.
+        first: of the sequence's rows, where the steps after the first begin.
     """
-    rows = mask.shape[1]
-    row = torch.arange(rows, device=mask.device)[:, None]
-    column = torch.arange(rows, device=mask.device)[None]
-    blocks = [column <= row - (step - 1)]
-    blocks += [column == row - (step - other) for other in range(2, step + 1)]
-    visible = torch.cat(blocks, 1)
-    return visible[None] & mask.repeat(1, step)[:, None]
+    every = torch.arange(mask.shape[1], device=mask.device)
+    late = every[first:]
+    row = (every if step == 1 else late)[:, None]
+    blocks = [every <= row - (step - 1)]
+    blocks += [late == row - (step - other) for other in range(2, step + 1)]
+    valid = torch.cat([mask] + [mask[:, first:]] * (step - 1), 1)
+    return torch.cat(blocks, 1)[None] & valid[:, None]
 
 
 def unroll(
-    draft: MSDDraft, rows: DraftRows, steps: int, checkpointing: bool = False
+    draft: MSDDraft, rows: DraftRows, steps: int, checkpointing: bool = False, first: int = 0
 ) -> list[Tensor]:
     """Outputs ``[B, S, H]`` of drafting steps 1 to `steps` at every row.
 
@@ -48,6 +53,8 @@ def unroll(
         rows: its inputs, right-padded.
         steps: how many.
         checkpointing: compute each step again on the way back, to save memory.
+        first: row from which on outputs are wanted. Steps after the first leave out what comes
+            before; their outputs there are 0.
     """
     if steps == 1 and _is_right_padded(rows.attention_mask):
         # Causal attention alone keeps right padding out of every real row.
@@ -55,18 +62,21 @@ def unroll(
         if checkpointing:
             return [checkpoint(draft, *inputs, use_reentrant=False)]
         return [draft(*inputs)]
+    # Step k at row j needs step 2 at row j - k + 2.
+    first = max(0, first - max(0, steps - 2))
     hidden = rows.hidden_states
     outputs: list[Tensor] = []
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for step in range(1, steps + 1):
-        arguments = (draft, rows, hidden, step, keys, values)
+        arguments = (draft, rows, hidden, step, first, keys, values)
         if checkpointing:
             out, keys, values = checkpoint(_step, *arguments, use_reentrant=False)
         else:
             out, keys, values = _step(*arguments)
-        outputs.append(out)
-        hidden = torch.cat([rows.hidden_states[:, :1], out[:, :-1].to(hidden.dtype)], 1)
+        outputs.append(out if step == 1 else F.pad(out, (0, 0, first, 0)))
+        before = outputs[-1][:, :-1].to(hidden.dtype)
+        hidden = torch.cat([rows.hidden_states[:, :1], before], 1)
     return outputs
 
 
@@ -75,19 +85,29 @@ def _step(
     rows: DraftRows,
     hidden: Tensor,
     step: int,
+    first: int,
     keys: list[Tensor],
     values: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One step over the keys and values of those before; leaves its arguments as they are."""
-    visible = chain_visibility(rows.attention_mask, step)
+    visible = chain_visibility(rows.attention_mask, step, first)
     # A row that sees nothing would turn into NaN and spoil its gradients.
-    own = torch.arange(hidden.shape[1], device=visible.device)
-    visible[:, own, own + (step - 1) * hidden.shape[1]] = True
+    own = torch.arange(visible.shape[1], device=visible.device)
+    visible[:, own, own + visible.shape[2] - visible.shape[1]] = True
     cache = DraftCache()
     cache.keys, cache.values = list(keys), list(values)
     if keys:
-        cache.valid = rows.attention_mask.repeat(1, step - 1)
-    out = draft(rows.token_embeds, hidden, rows.visual_mask, rows.position_ids, visible, cache)
+        mask = rows.attention_mask
+        cache.valid = torch.cat([mask] + [mask[:, first:]] * (step - 2), 1)
+    here = slice(first if step > 1 else 0, None)
+    out = draft(
+        rows.token_embeds[:, here],
+        hidden[:, here],
+        rows.visual_mask[:, here],
+        rows.position_ids[:, here],
+        visible,
+        cache,
+    )
     return out, cache.keys, cache.values
 
 

@@ -1,0 +1,339 @@
+"""Test the paper's two claims, and training over several steps, on the demo world.
+
+    python benchmarks/training_evidence.py --output benchmarks/results/training.json
+    python benchmarks/training_evidence.py --variants msd coupled --seeds 0 --steps 100
+
+Every variant is `vllm-msd train` with one setting changed, on the same records for the same number
+of steps, once per seed:
+
+msd              visual rows decoupled, text first and then a ramp, three drafting steps
+coupled          visual rows through the fusion layer, as in EAGLE
+dropped          visual rows not seen by the draft
+text-only        no multimodal record
+multimodal-only  no text record
+mixed            the ramp's mean share from the first step on
+one-step         one drafting step, as published
+
+Acceptance is counted twice on held-out questions, five drafted tokens a verification: by `vllm-msd
+eval`, and in vLLM by its own counters (but for `dropped`, which vLLM cannot serve). What is done
+already is kept in --work, so a broken run goes on.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_msd.demo.engine import Drafting, Engine, restart_tuned
+from vllm_msd.errors import MSDError
+
+BASE = "msd"
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASE: {},
+    "coupled": {"visual_rows": "coupled"},
+    "dropped": {"visual_rows": "dropped"},
+    "text-only": {"curriculum": "text"},
+    "multimodal-only": {"curriculum": "multimodal"},
+    "mixed": {"curriculum": "mixed"},
+    "one-step": {"draft_steps": 1},
+}
+# The comparisons that are drawn: its title and its variants.
+COMPARISONS = {
+    "Visual rows": [BASE, "coupled", "dropped"],
+    "Curriculum": [BASE, "text-only", "multimodal-only", "mixed"],
+    "Drafting steps in training": [BASE, "one-step"],
+}
+NUM_SPECULATIVE_TOKENS = 5
+# Of the world's samplers: held-out prompts are from the test split anyway.
+DATA_SEED, HELD_OUT_SEED = 5, 70_000
+
+
+def main() -> int:
+    """Run what is missing, then write figures and plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=700, help="of each run")
+    parser.add_argument("--records", type=int, default=6000, help="of text, and of multimodal data")
+    parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
+    parser.add_argument("--config", type=Path, default=Path("examples/train_demo_draft.yaml"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument("--work", type=Path, default=Path("build/evidence"))
+    parser.add_argument("--output", type=Path, help="write figures as JSON, and a plot beside it")
+    args = parser.parse_args()
+    restart_tuned()
+
+    from vllm_msd.demo import paths
+    from vllm_msd.provenance import provenance
+
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})
+    pair = paths.demo_pair()
+    try:
+        data = make_data(args.work / "data", args.records, pair.target)
+        runs = [(v, s) for s in args.seeds for v in args.variants]
+        train_all(runs, args, pair.target, data)
+        found = [
+            {"variant": variant, "seed": seed, **measure(run_folder(args, variant, seed), args)}
+            for variant, seed in tqdm(runs, desc="vllm-msd eval")
+        ]
+        serve_all(found, args, pair)
+    except (MSDError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {**facts, "summary": summary(found), "runs": found}
+    print(text_table(result["summary"]))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result["summary"], args.output.with_suffix(".png"))
+    wrong = [run for run in found if run["identical"] not in (None, run["requests"])]
+    return 1 if wrong else 0
+
+
+def make_data(folder: Path, records: int, target: Path) -> dict[str, Path]:
+    """Conversations of the demo world in which the target itself has answered."""
+    from vllm_msd.demo.write_data import write_data
+
+    done = folder / "done.json"
+    about = {"records": records, "seed": DATA_SEED}
+    if done.is_file() and json.loads(done.read_text()) == about:
+        return {name: folder / f"{name}.json" for name in ("text", "multimodal")}
+    found = write_data(folder, records, DATA_SEED, target=str(target), report=print)
+    done.write_text(json.dumps(about))
+    return found
+
+
+def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Where one run lies."""
+    return args.work / f"{variant}-{seed}"
+
+
+def train_all(
+    runs: list[tuple[str, int]], args: argparse.Namespace, target: Path, data: dict[str, Path]
+) -> None:
+    """Train every run that is not there yet, some at once with a thread each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def train(run: tuple[str, int]) -> None:
+        variant, seed = run
+        folder = run_folder(args, variant, seed)
+        if not (folder / "last" / "config.json").is_file():
+            changed = {
+                "target": target,
+                "text_data": data["text"],
+                "multimodal_data": data["multimodal"],
+                "output": folder,
+                "steps": args.steps,
+                "eval_every": args.steps,
+                "save_every": args.steps,
+                "seed": seed,
+                **VARIANTS[variant],
+            }
+            flags = [f"--{k.replace('_', '-')}={v}" for k, v in changed.items()]
+            command = ["-m", "vllm_msd.cli.main", "train", f"--config={args.config}", *flags]
+            subprocess.run(
+                [sys.executable, *command], env=environment, check=True, stdout=subprocess.DEVNULL,
+                stderr=(args.work / f"{folder.name}.log").open("w"),
+            )  # fmt: skip
+        bar.update()
+
+    with (
+        tqdm(total=len(runs), desc="training", unit="run") as bar,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        list(pool.map(train, runs))
+
+
+def held_out(args: argparse.Namespace) -> Path:
+    """The held-out questions as a file of conversations, for `vllm-msd eval`."""
+    from vllm_msd.demo.compare import held_out_samples
+    from vllm_msd.demo.write_data import write_records
+
+    path = args.work / "held_out" / f"held-out-{args.num_prompts}.json"
+    if not path.is_file():
+        write_records(path, held_out_samples(args.num_prompts, HELD_OUT_SEED))
+    return path
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A run's acceptance by `vllm-msd eval`, and what its training took."""
+    from vllm_msd.demo import paths
+    from vllm_msd.training.evaluate import evaluate
+
+    kept = folder / f"eval-{args.num_prompts}.json"
+    if not kept.is_file():
+        figures = evaluate(
+            paths.demo_pair().target,
+            folder / "last",
+            [str(held_out(args))],
+            records=args.num_prompts,
+            num_speculative_tokens=NUM_SPECULATIVE_TOKENS,
+            target_dtype="float32",
+            device="cpu",
+            batch_size=32,
+        )
+        kept.write_text(json.dumps(figures))
+    figures = json.loads(kept.read_text())
+    about = json.loads((folder / "last" / "provenance.json").read_text())
+    return {
+        "steps": about["steps"],
+        "minutes": about["minutes"],
+        "eval": {"all": figures["all"], "kinds": figures["kinds"]},
+    }
+
+
+def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) -> None:
+    """Add each run's acceptance in vLLM, and whether its answers are those without a draft."""
+    from vllm_msd.demo.compare import acceptance, held_out_samples
+
+    samples = held_out_samples(args.num_prompts, HELD_OUT_SEED)
+    plain: list[list[int]] = []
+    engines: list[Engine] = []  # the end of one would end the process group of all
+    for run in tqdm(found, desc="vLLM"):
+        run |= {"requests": len(samples), "identical": None, "vllm": None}
+        if VARIANTS[run["variant"]].get("visual_rows") == "dropped":
+            continue
+        folder = run_folder(args, run["variant"], run["seed"])
+        kept = folder / f"vllm-{args.num_prompts}.json"
+        if not kept.is_file():
+            if not plain:
+                engines.append(Engine(pair.target, kv_cache_memory_bytes=64 << 20))
+                plain += [engines[0].answer(sample).token_ids for sample in samples]
+            drafting = Drafting(NUM_SPECULATIVE_TOKENS)
+            engine = Engine(
+                pair.target,
+                draft=folder / "last",
+                drafting=drafting,
+                kv_cache_memory_bytes=64 << 20,
+            )
+            engines.append(engine)
+            if VARIANTS[run["variant"]].get("visual_rows") == "coupled":
+                couple(engine)
+            answers = [engine.answer(sample) for sample in samples]
+            of_kind: dict[str, list] = defaultdict(list)
+            for one, answer in zip(samples, answers, strict=True):
+                of_kind[one.kind].append(answer)
+            counted = {
+                "identical": sum(a.token_ids == b for a, b in zip(answers, plain, strict=True)),
+                "vllm": {
+                    "all": acceptance(answers),
+                    "kinds": {kind: acceptance(group) for kind, group in of_kind.items()},
+                },
+            }
+            kept.write_text(json.dumps(counted))
+        run |= json.loads(kept.read_text())
+
+
+def couple(engine: Engine) -> None:
+    """Let an engine's draft take visual rows through its fusion layer, as EAGLE does."""
+    draft = engine.model_runner.drafter.model
+    embed = draft.embed_input_ids
+
+    def embed_as_text(*args: Any, **kwargs: Any) -> Any:
+        out = embed(*args, **kwargs)
+        draft.is_visual.zero_()
+        return out
+
+    draft.embed_input_ids = embed_as_text
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """By variant and way of counting: tokens per verification of each seed, by kind of work.
+
+    ``multimodal`` is over all verifications of questions with an image. ``at_depth`` holds each
+    seed's shares of verifications that accept that many drafted tokens or more.
+    """
+    table: dict[str, Any] = {}
+    for run in found:
+        by_way = table.setdefault(run["variant"], {})
+        for way in ("eval", "vllm"):
+            if not run[way]:
+                continue
+            kinds = dict(run[way]["kinds"])
+            pictured = [f for kind, f in kinds.items() if kind != "text"]
+            verifications = sum(f["verifications"] for f in pictured)
+            tokens = sum(f["verifications"] * f["acceptance_length"] for f in pictured)
+            lengths = {kind: f["acceptance_length"] for kind, f in kinds.items()}
+            lengths |= {
+                "multimodal": tokens / verifications,
+                "all": run[way]["all"]["acceptance_length"],
+            }
+            into = by_way.setdefault(way, {"lengths": {}, "at_depth": []})
+            for kind, length in lengths.items():
+                into["lengths"].setdefault(kind, []).append(length)
+            shares = run[way]["all"]
+            into["at_depth"].append(
+                shares.get("accepted_at_depth") or shares["acceptance_rate_per_position"]
+            )
+    return table
+
+
+def lengths_of(table: dict[str, Any], variant: str) -> dict[str, list[float]]:
+    """A variant's lengths as vLLM counted them; by `vllm-msd eval` where vLLM cannot serve it."""
+    ways = table[variant]
+    return ways.get("vllm", ways["eval"])["lengths"]
+
+
+def text_table(table: dict[str, Any]) -> str:
+    """Mean and range over the seeds, by variant."""
+    lines = [f"{'':<18}{'with images':>22}{'text':>22}"]
+    for variant in table:
+        lengths = lengths_of(table, variant)
+        cells = [
+            f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            for values in (lengths["multimodal"], lengths["text"])
+        ]
+        lines.append(f"{variant:<18}{cells[0]:>22}{cells[1]:>22}")
+    return "\n".join(lines)
+
+
+def draw(table: dict[str, Any], path: Path) -> None:
+    """Draw the comparisons: means as bars, seeds as dots, and acceptance by depth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for axes, (title, names) in zip(panels, COMPARISONS.items(), strict=False):
+        names = [name for name in names if name in table]
+        kinds = list(lengths_of(table, names[0]))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            lengths = lengths_of(table, name)
+            at = [k + (i - (len(names) - 1) / 2) * width for k in range(len(kinds))]
+            means = [statistics.mean(lengths[kind]) for kind in kinds]
+            label = name if "vllm" in table[name] else f"{name} (vllm-msd eval)"
+            axes.bar(at, means, width * 0.92, label=label, alpha=0.75)
+            for x, kind in zip(at, kinds, strict=True):
+                axes.plot([x] * len(lengths[kind]), lengths[kind], "k.", markersize=3)
+        axes.set_xticks(range(len(kinds)), kinds, rotation=20)
+        axes.set_ylim(1)
+        axes.set_ylabel("tokens per verification")
+        axes.set_title(title)
+        axes.legend(fontsize="small", ncols=2, loc="lower right")
+        axes.grid(axis="y", alpha=0.3)
+    depths = panels[3]
+    for name, ways in table.items():
+        rows = ways.get("vllm", ways["eval"])["at_depth"]
+        means = [statistics.mean(column) for column in zip(*rows, strict=True)]
+        depths.plot(range(1, len(means) + 1), means, marker="o", label=name)
+    depths.set_xticks(range(1, NUM_SPECULATIVE_TOKENS + 1))
+    depths.set_xlabel("drafted tokens")
+    depths.set_title("Share of verifications that accept so many or more")
+    depths.legend(fontsize="small")
+    depths.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
