@@ -3,7 +3,8 @@
     python benchmarks/bench_demo.py --output benchmarks/results/demo.json
 
 Two interleaved comparisons at batch 1, greedy: the small pair in fp32 (answers must be identical;
-acceptance), and the pair widened to --wide parameters in bf16 (decoding speed). The same code as
+acceptance), and the pair widened to --wide parameters in bf16 (decoding speed; in fp32 where the
+processor does not compute in bf16). The same code as
 `vllm-msd demo run`, with more requests.
 """
 
@@ -12,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_msd.demo.engine import Drafting, restart_tuned
+from vllm_msd.demo.engine import Drafting, restart_tuned, timed_dtype
 from vllm_msd.errors import MSDError
 
 
@@ -41,7 +42,9 @@ def main() -> int:
     from vllm_msd.demo.compare import compare, figures, held_out_samples
     from vllm_msd.provenance import provenance
 
+    dtype = timed_dtype()
     settings = {key: value for key, value in vars(args).items() if key != "output"}
+    settings["wide_dtype"] = dtype
     result = provenance(**settings)
     samples = held_out_samples(args.num_prompts, args.seed)
     draftings = {"chain": Drafting(args.num_speculative_tokens)}
@@ -55,9 +58,9 @@ def main() -> int:
         result["small"] = figures(small, "chain")
         result["wide"] = None
         if args.wide != "none":
-            pair = paths.wide_pair(args.wide, report=print)
+            pair = paths.wide_pair(args.wide, dtype=dtype, report=print)
             wide = samples[: args.num_wide_prompts]
-            found = compare(pair, wide, draftings, dtype="bfloat16", rounds=args.rounds, **common)
+            found = compare(pair, wide, draftings, dtype=dtype, rounds=args.rounds, **common)
             result["wide"] = figures(found, "chain")
     except MSDError as error:
         print(f"error: {error}", file=sys.stderr)

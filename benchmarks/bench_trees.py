@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.demo.engine import Drafting, restart_tuned
+from vllm_msd.demo.engine import Drafting, restart_tuned, timed_dtype
 from vllm_msd.errors import MSDError
 
 PARTS = ("acceptance", "speed", "profile")
@@ -65,13 +65,10 @@ def main() -> int:
     ]
     restart_tuned()
 
-    import torch
-
     from vllm_msd.provenance import provenance
 
     if args.dtype == "auto":
-        in_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        args.dtype = "bfloat16" if in_bf16 else "float32"
+        args.dtype = timed_dtype()
         print(f"speed and profile in {args.dtype}", flush=True)
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings |= {key: [str(t) for t in settings[key]] for key in ("trees", "speed_trees")}

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_msd.demo.engine import SHORT
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -46,7 +48,8 @@ def demo(name: str, result: dict[str, Any]) -> str:
     kinds.append(("**all with images**", small["multimodal"]["acceptance_length"]))
     speeds = [("small pair, fp32", small)]
     if wide:
-        speeds.append((f"widened to {settings['wide']}, bf16", wide))
+        dtype = SHORT[settings.get("wide_dtype", "bfloat16")]
+        speeds.append((f"widened to {settings['wide']}, {dtype}", wide))
     rows = [
         (
             label,

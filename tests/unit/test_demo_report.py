@@ -17,7 +17,7 @@ from vllm_msd.demo.world import Sample, sample
 PROVENANCE = {
     "date": "2030-01-02 03:04 UTC",
     "command": "vllm-msd demo run",
-    "settings": {"wide": "350M"},
+    "settings": {"wide": "350M", "wide_dtype": "bfloat16"},
     "machine": {"processor": "a <fast> one"},
     "versions": {"vllm": "0.32.0"},
 }

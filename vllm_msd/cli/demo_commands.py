@@ -67,7 +67,7 @@ def add_parsers(subparsers) -> None:
         "--max-tokens", type=_positive, default=192, help="per answer (default: %(default)s)"
     )
     run.add_argument(
-        "--wide", metavar="SIZE", default="350M", help="size timed in bf16 (default: %(default)s)"
+        "--wide", metavar="SIZE", default="350M", help="size that is timed (default: %(default)s)"
     )
     run.add_argument("--skip-wide", action="store_true", help="do not time the widened pair")
     run.add_argument(

@@ -47,6 +47,21 @@ def restart_tuned() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
 
 
+def timed_dtype() -> str:
+    """What the widened pair is timed in: ``bfloat16`` where it is computed in, else ``float32``.
+
+    A processor that emulates bf16 spends as much on every row as on the first, so that neither
+    answer to the question "what does checking more rows cost" would be a real model's.
+    """
+    import torch
+
+    in_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if in_bf16 else "float32"
+
+
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+
+
 def _bundled_allocator() -> list[str]:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:

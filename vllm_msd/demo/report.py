@@ -12,7 +12,7 @@ from PIL import Image
 
 from vllm_msd.demo.bars import bars, grouped_bars
 from vllm_msd.demo.compare import Comparison
-from vllm_msd.demo.engine import Answer, Drafting
+from vllm_msd.demo.engine import SHORT, Answer, Drafting
 from vllm_msd.demo.tree_picture import tells, tree_svg
 from vllm_msd.demo.world import score
 
@@ -101,10 +101,15 @@ def _tiles(
             )
         )
     for name, drafting in draftings.items() if wide is not None else ():
-        size, times = provenance["settings"]["wide"], wide[name]["speed"]["speedup"]
-        label = f"the decoding speed without MSD, at {size} parameters in bf16, with a {drafting}"
+        size, times = _wide_name(provenance), wide[name]["speed"]["speedup"]
+        label = f"the decoding speed without MSD, at {size}, with a {drafting}"
         tiles.append(_tile(_times(times), label, "good" if times and times > 1 else "bad"))
     return "".join(tiles)
+
+
+def _wide_name(provenance: dict) -> str:
+    settings = provenance["settings"]
+    return f"{settings['wide']} parameters in {SHORT[settings['wide_dtype']]}"
 
 
 def _meaning(wide: dict | None, provenance: dict) -> str:
@@ -120,7 +125,7 @@ def _meaning(wide: dict | None, provenance: dict) -> str:
             "<p>A model this small is all overhead, so its speed says little. The widened pair, "
             "which has a real model's cost, was skipped in this run.</p>"
         )
-    size = escape(str(provenance["settings"]["wide"]))
+    size = escape(_wide_name(provenance))
     identical = " and ".join(
         f"{found['identical']} of {found['requests']} were identical with the {escape(name)}"
         for name, found in wide.items()
@@ -128,7 +133,7 @@ def _meaning(wide: dict | None, provenance: dict) -> str:
     return text + (
         "<p><b>Cost comes from the large shape.</b> The small model is all overhead, so its speed "
         "says little. Speed is shown on the same two functions widened to about "
-        f"{size} parameters: wider layers, more heads, and added layers that add zero. Every token "
+        f"{size}: wider layers, more heads, and added layers that add zero. Every token "
         "costs what it costs in a model of that size, and acceptance stays the small pair's. In "
         "bf16 two nearly equal logits can come out in either order when several tokens are checked "
         f"at once, so answers may differ there: {identical}.</p>"
@@ -179,7 +184,7 @@ def _panels(
     ]
     pairs = [("Small pair, fp32", small)]
     if wide is not None:
-        pairs.insert(0, (f"Widened to {provenance['settings']['wide']}, bf16", wide))
+        pairs.insert(0, (f"Widened to {_wide_name(provenance)}", wide))
     charts = []
     for title, found in pairs:
         speeds = {name: one["speed"] for name, one in found.items()}
@@ -239,9 +244,9 @@ def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: d
         f"{draftings[name]}: " + ", ".join(_times(r) for r in found["speed"]["speedup_per_round"])
         for name, found in wide.items()
     )
-    size = escape(str(provenance["settings"]["wide"]))
+    size = escape(_wide_name(provenance))
     return (
-        f'<h2>Widened pair ({size}, bf16) by kind</h2><div class="scroll"><table><tr>{head}</tr>'
+        f'<h2>Widened pair ({size}) by kind</h2><div class="scroll"><table><tr>{head}</tr>'
         f"{''.join(lines)}</table></div>"
         f'<p class="soft">Speed-up in each interleaved round: {escape(rounds)}.</p>'
     )

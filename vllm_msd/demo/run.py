@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm_msd.demo.compare import (
     figures,
     held_out_samples,
 )
-from vllm_msd.demo.engine import Drafting
+from vllm_msd.demo.engine import SHORT, Drafting, timed_dtype
 from vllm_msd.demo.report import KIND_NAMES, render
 from vllm_msd.provenance import provenance
 
@@ -28,7 +28,8 @@ from vllm_msd.provenance import provenance
 class DemoSettings:
     """What the demo runs. ``wide`` is the size that is timed (``"350M"``), None to skip it.
 
-    A chain of ``num_speculative_tokens`` stands beside a tree of ``tree_nodes`` (None: no tree).
+    ``wide_dtype`` is what it is timed in, None for `timed_dtype`. A chain of
+    ``num_speculative_tokens`` stands beside a tree of ``tree_nodes`` (None: no tree).
     """
 
     num_prompts: int = 21
@@ -38,6 +39,7 @@ class DemoSettings:
     tree_top_k: int = 4
     max_tokens: int = 192
     wide: str | None = "350M"
+    wide_dtype: str | None = None
     num_wide_prompts: int = 7
     wide_rounds: int = 2  # shows whether the ratio holds
     seed: int = FIRST_SEED
@@ -58,6 +60,8 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
     The process should have been started by `vllm_msd.demo.engine.restart_tuned`.
     """
     start = time.monotonic()
+    dtype = settings.wide_dtype or timed_dtype()
+    settings = replace(settings, wide_dtype=dtype)
     facts = provenance(**asdict(settings))
     samples = held_out_samples(settings.num_prompts, settings.seed)
     draftings = settings.draftings
@@ -71,13 +75,15 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
 
     wide_figures = None
     if settings.wide:
-        pair = paths.wide_pair(settings.wide, report=_print_line)
-        print(f"\nPair of {settings.wide} parameters, bf16: starting vLLM again", flush=True)
+        pair = paths.wide_pair(settings.wide, dtype=dtype, report=_print_line)
+        print(
+            f"\nPair of {settings.wide} parameters, {SHORT[dtype]}: starting vLLM again", flush=True
+        )
         wide = _compare(
             pair,
             samples[: settings.num_wide_prompts],
             settings,
-            dtype="bfloat16",
+            dtype=dtype,
             rounds=settings.wide_rounds,
             show=False,
         )
@@ -184,7 +190,7 @@ def _print_speed(
     print("\nDecoding at batch 1, tokens/s         without      with MSD    speed-up")
     pairs = [("small pair, fp32 (all overhead)", small)]
     if wide is not None:
-        pairs.append((f"{settings.wide} shape, bf16", wide))
+        pairs.append((f"{settings.wide} shape, {SHORT[settings.wide_dtype]}", wide))
     for label, found in pairs:
         for name, one in found.items():
             speed = one["speed"]
@@ -195,8 +201,8 @@ def _print_speed(
             )
     for name, one in (wide or {}).items():
         print(
-            f"  {name}: {one['identical']} of {one['requests']} bf16 answers were identical (near "
-            "ties may come out either way in bf16)."
+            f"  {name}: {one['identical']} of {one['requests']} answers of this shape were "
+            "identical (near ties may come out either way in bf16)."
         )
         # A step with MSD costs more than one without, so a larger ratio is somebody else's load.
         if (one["speed"]["speedup"] or 0) > (one["all"]["acceptance_length"] or 0):
