@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vllm_msd.draft import DraftRows, MSDDraft, MSDDraftConfig
-from vllm_msd.training.curriculum import hidden_noise, visual_ratio
+from vllm_msd.training.curriculum import visual_ratio
 from vllm_msd.training.losses import draft_loss
-from vllm_msd.training.rows import drafted_rows
+from vllm_msd.training.rows import drafted_rows, with_noise
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
 
 HIDDEN = 32
@@ -74,12 +74,14 @@ def test_curriculum_rises_from_text_to_images():
 
 
 def test_noise_is_even_bounded_and_scaled_by_length():
-    states = torch.zeros(4, 128, 64)
-    noise = hidden_noise(states, 0.2, torch.Generator().manual_seed(0))
-    bound = 0.2 / 2 * 512 / 128
-    assert noise.abs().max() <= bound
-    assert noise.abs().max() > 0.99 * bound
-    assert abs(noise.mean().item()) < 0.01 * bound
+    rows = _rows(2, 128)._replace(hidden_states=torch.zeros(2, 128, 64))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    noisy = with_noise(rows, torch.tensor([128, 32]), 0.2, generators).hidden_states
+    for noise, length in zip(noisy, (128, 32), strict=True):
+        bound = 0.2 / 2 * 512 / length
+        assert 0.99 * bound < noise.abs().max() <= bound
+        assert abs(noise[:length].mean().item()) < 0.03 * bound
+        assert not noise[length:].any()
 
 
 def test_first_step_of_a_reply_is_trained():

@@ -98,18 +98,38 @@ def add_parsers(subparsers) -> None:
     data.set_defaults(func=run_data)
 
     build = commands.add_parser(
-        "build", help="train the pair again from scratch (about an hour and a half on two cores)"
+        "build", help="train the pair again from scratch (about two hours on two cores)"
     )
     build.add_argument(
         "--output", type=Path, default=Path("build/pair"), help="folder (default: %(default)s)"
     )
     build.add_argument(
-        "--minutes", type=_positive, default=75, help="training time in all (default: %(default)s)"
+        "--minutes",
+        type=_positive,
+        default=56,
+        help="of the target's training (default: %(default)s)",
+    )
+    build.add_argument(
+        "--records",
+        type=_positive,
+        default=6000,
+        help="text and as many multimodal ones to train the draft on (default: %(default)s)",
+    )
+    build.add_argument(
+        "--draft-config",
+        type=Path,
+        metavar="YAML",
+        help="settings of `vllm-msd train` (default: draft.yaml of the package)",
     )
     build.add_argument(
         "--per-kind", type=_positive, default=50, help="held-out samples of each kind"
     )
-    build.add_argument("--processes", type=_positive, default=2, help="of one thread each")
+    build.add_argument(
+        "--processes", type=_positive, default=2, help="of one thread each that train the target"
+    )
+    build.add_argument(
+        "--compile", action="store_true", help="train the target with compiled layers"
+    )
     build.set_defaults(func=run_build)
 
 
@@ -160,11 +180,17 @@ def run_data(args: argparse.Namespace) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Train a pair and print where it lies."""
-    import json
+    from vllm_msd.demo.build import DRAFT_SETTINGS, build
 
-    from vllm_msd.demo.build import build
-
-    folder = build(args.output, args.minutes, args.per_kind, args.processes)
+    folder = build(
+        args.output,
+        args.minutes,
+        args.records,
+        args.draft_config or DRAFT_SETTINGS,
+        args.per_kind,
+        args.processes,
+        args.compile,
+    )
     print(json.dumps({"target": str(folder / "target"), "draft": str(folder / "draft")}))
     return 0
 

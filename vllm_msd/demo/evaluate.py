@@ -4,38 +4,35 @@
 
 Accuracy stands next to an even guess and to the answers the target gives when it is shown another
 request's image, which is what wording and habit alone are worth.
-Acceptance is replayed from the target's greedy replies (see `training.unroll`), with the right
-image in the draft and with another request's.
+Acceptance is counted on the target's greedy replies as `vllm-msd eval` does (see
+`training.acceptance`), with the right image in the draft and with another request's.
 """
 
 import argparse
 import json
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.draft import MSDDraft
 from vllm_msd.provenance import provenance
-from vllm_msd.training.features import target_features
-from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
+from vllm_msd.training.acceptance import Figures, Reply, chain_acceptance
+from vllm_msd.training.targets import Features, Target
 
-from .data import collate, pixels
-from .draft_data import generate_replies
-from .world import KINDS, Sample, random_guess, sample, score
+from .replies import MAX_REPLY, greedy_replies, reply_text
+from .target_model import VISUAL_TOKENS
+from .world import IMAGE_KINDS, KINDS, Sample, random_guess, sample, score
 
 BATCH = 25
 FIRST_SEED = 10_000
+# Tokens drafted per verification.
+STEPS = 5
 
-
-def load_target(path: Path) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
-    """The target in float32 and its tokenizer."""
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    return model, PreTrainedTokenizerFast.from_pretrained(path)
+Answered = dict[str, list[tuple[Sample, Reply]]]
 
 
 def _guess(samples: list[Sample]) -> float:
@@ -50,82 +47,62 @@ def _guess(samples: list[Sample]) -> float:
 
 
 def replies_by_kind(
-    target: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    target: Target,
     per_kind: int,
-    kinds: list[str],
+    kinds: Sequence[str],
     wrong_image: bool = False,
-) -> dict[str, list[tuple[Sample, list[int], list[bool]]]]:
+    max_tokens: int = MAX_REPLY,
+) -> Answered:
     """Greedy replies to held-out prompts. With `wrong_image` each prompt has another's image."""
-    found = {}
+    found: Answered = {}
     for kind in tqdm(kinds, desc="answering"):
         samples = [sample(kind, FIRST_SEED + i, "test") for i in range(per_kind)]
         if wrong_image:
             images = [s.images for s in samples]
             for index, item in enumerate(samples):
                 item.images = images[(index + 1) % len(images)]
-        rows = []
-        for start in range(0, per_kind, BATCH):
-            rows += generate_replies(target, tokenizer, samples[start : start + BATCH])
-        found[kind] = rows
+        replies = greedy_replies(target, samples, max_tokens, beyond=STEPS)
+        found[kind] = list(zip(samples, replies, strict=True))
     return found
 
 
-def _reply_text(tokenizer: PreTrainedTokenizerFast, row: tuple) -> str:
-    _, ids, mask = row
-    reply = [token for token, flag in zip(ids, mask, strict=True) if flag]
-    return tokenizer.decode(reply, skip_special_tokens=True)
-
-
-def accuracy(tokenizer: PreTrainedTokenizerFast, replies: dict[str, list]) -> dict[str, float]:
+def accuracy(target: Target, replies: Answered) -> dict[str, float]:
     """Mean score by kind."""
     return {
-        kind: sum(score(row[0], _reply_text(tokenizer, row)) for row in rows) / len(rows)
+        kind: sum(score(item, reply_text(target, reply)) for item, reply in rows) / len(rows)
         for kind, rows in replies.items()
     }
 
 
-@torch.no_grad()
 def acceptance(
-    target: LlavaForConditionalGeneration,
-    draft: MSDDraft,
-    replies: dict[str, list],
-    pad_id: int,
-    steps: int = 5,
-    swap_images: bool = False,
-) -> dict[str, ChainCount]:
-    """Greedy chain acceptance by kind, replayed offline.
+    target: Target, draft: MSDDraft, replies: Answered, swap_images: bool = False
+) -> dict[str, Figures]:
+    """Greedy chain acceptance by kind.
 
-    swap_images: give the draft (not the target) the next request's image.
+    swap_images: give the draft (not the target) the image of another request of that kind.
     """
-    counts: dict[str, ChainCount] = defaultdict(ChainCount)
+    found: dict[str, Figures] = {}
     for kind, rows in replies.items():
-        for start in range(0, len(rows), BATCH):
-            chunk = rows[start : start + BATCH]
-            batch = collate(chunk, pad_id)
-            images = pixels(batch.images) if len(batch.images) else None
-            other = images.roll(1, 0) if swap_images and images is not None else None
-            features = target_features(target, batch.input_ids, batch.loss_mask, images, other)
-            matches = []
-            for out in unroll(draft, features.rows, steps):
-                guess = target.lm_head(out).argmax(-1)
-                truth = batch.input_ids.roll(-2, 1)
-                matches.append(guess == truth)
-            stacked = torch.stack(matches)
-            for row, (_, ids, mask) in enumerate(chunk):
-                replay_chains(stacked[:, row], mask.index(True), len(ids) - 1, counts[kind])
-    return counts
+        seen = _with_other_images if swap_images and kind in IMAGE_KINDS else None
+        talks = [reply for _, reply in rows]
+        found |= chain_acceptance(target, draft, talks, STEPS, batch_size=BATCH, seen=seen)
+    return found
+
+
+def _with_other_images(features: Features) -> Features:
+    """Each request of the batch, all with one image, gets the image of the one before."""
+    embeds = features.embeds.clone()
+    images = embeds[features.visual].unflatten(0, (-1, VISUAL_TOKENS))
+    embeds[features.visual] = images.roll(1, 0).flatten(0, 1)
+    return replace(features, embeds=embeds)
 
 
 def evaluate(target_path: Path, draft_path: Path | None, per_kind: int) -> dict[str, Any]:
     """All figures, ready for JSON."""
-    target, tokenizer = load_target(target_path)
-    replies = replies_by_kind(target, tokenizer, per_kind, KINDS)
-    right = accuracy(tokenizer, replies)
-    image_kinds = [kind for kind in KINDS if kind != "text"]
-    blind = accuracy(
-        tokenizer, replies_by_kind(target, tokenizer, per_kind, image_kinds, wrong_image=True)
-    )
+    target = Target.load(target_path, "float32")
+    replies = replies_by_kind(target, per_kind, KINDS)
+    right = accuracy(target, replies)
+    blind = accuracy(target, replies_by_kind(target, per_kind, IMAGE_KINDS, wrong_image=True))
     result: dict[str, Any] = {
         "accuracy": {
             kind: {
@@ -141,12 +118,11 @@ def evaluate(target_path: Path, draft_path: Path | None, per_kind: int) -> dict[
     config, state = load_draft(draft_path)
     draft = MSDDraft.from_state_dict(config, {k: v.float() for k, v in state.items()}).eval()
     for name, swap in (("acceptance", False), ("acceptance_wrong_image_in_draft", True)):
-        counts = acceptance(target, draft, replies, tokenizer.pad_token_id, swap_images=swap)
-        table = {kind: round(c.acceptance_length, 3) for kind, c in counts.items()}
-        pictured = [counts[kind] for kind in image_kinds]
-        table["all_image_kinds"] = round(
-            sum(c.tokens for c in pictured) / sum(c.verifications for c in pictured), 3
-        )
+        found = acceptance(target, draft, replies, swap)
+        found["all_image_kinds"] = Figures()
+        for kind in IMAGE_KINDS:
+            found["all_image_kinds"].join(found[kind])
+        table = {kind: round(f.count.acceptance_length, 3) for kind, f in found.items()}
         result[name] = table
     return result
 

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from vllm_msd.training import parallel
-
+from . import parallel
 from .data import MIX, VISION_MIX, Batch, TrainingStream, pixels
 from .records import write_record
 from .slots import SlotReader

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from .data import MIX
 from .world import IMAGE_KINDS, packed, sample
 from .world.base import Sample, seeded
@@ -85,17 +87,19 @@ def _row(identity: str, item: Sample, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _answer(samples: list[Sample], target: str) -> None:
+def _answer(samples: list[Sample], folder: str) -> None:
     """Put the target's greedy replies in place of the last answers."""
-    from .draft_data import generate_replies
-    from .evaluate import BATCH, load_target
+    from vllm_msd.training.targets import Target
 
-    model, tokenizer = load_target(Path(target))
-    for start in range(0, len(samples), BATCH):
-        chunk = samples[start : start + BATCH]
-        for item, ids, mask in generate_replies(model, tokenizer, chunk):
-            reply = [token for token, flag in zip(ids, mask, strict=True) if flag]
-            text = tokenizer.decode(reply, skip_special_tokens=True).strip()
-            # A reply that was cut off or is empty keeps the world's answer.
-            if text and reply[-1] == tokenizer.eos_token_id:
-                item.messages[-1]["content"] = [{"type": "text", "text": text}]
+    from .replies import greedy_replies, reply_text
+
+    target = Target.load(folder, "float32")
+    # Like lengths together, against padding.
+    order = sorted(samples, key=lambda item: (len(item.images), len(str(item.prompt))))
+    with tqdm(total=len(order), unit="reply") as bar:
+        replies = greedy_replies(target, order, report=bar.update)
+    for item, reply in zip(order, replies, strict=True):
+        text = reply_text(target, reply)
+        # A reply that was cut off or is empty keeps the world's answer.
+        if text and reply.tokens[-1] in target.end_ids:
+            item.messages[-1]["content"] = [{"type": "text", "text": text}]

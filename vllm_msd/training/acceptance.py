@@ -20,7 +20,7 @@ from vllm_msd.training.data.index import BadRecord, RecordFile
 from vllm_msd.training.data.records import BadRecordError
 from vllm_msd.training.data.render import Rendered, Renderer
 from vllm_msd.training.rows import draft_rows
-from vllm_msd.training.targets import Target
+from vllm_msd.training.targets import Features, Target
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
 from vllm_msd.tree import TreeConfig
 from vllm_msd.tree.drafting import draft_tree
@@ -38,6 +38,11 @@ class Reply:
     talk: Rendered
     start: int
     end: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """The reply alone."""
+        return self.talk.input_ids[self.start : self.end + 1].tolist()
 
 
 @dataclass
@@ -101,10 +106,26 @@ def greedy_replies(
     for file, number in records:
         try:
             record = file[number]
-            prompts.append((kind_of(record, file), renderer.prompt(record)[0]))
+            prompts.append((kind_of(record, file), renderer.prompt(record)))
         except BadRecordError as error:
             bad.append(BadRecord(file.path.name, file.line(number), str(error)))
     prompts.sort(key=lambda item: len(item[1].input_ids))
+    replies = answer(target, prompts, max_tokens, beyond, batch_size, report)
+    return [reply for reply in replies if reply.end > reply.start], bad
+
+
+def answer(
+    target: Target,
+    prompts: Sequence[tuple[str, Rendered]],
+    max_tokens: int,
+    beyond: int = 0,
+    batch_size: int = 8,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[Reply]:
+    """The target's greedy replies to prompts (kind of work, rendering), in their order.
+
+    See `greedy_replies` for the arguments; prompts of like length side by side spare padding.
+    """
     replies = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
@@ -112,11 +133,9 @@ def greedy_replies(
         said = target.generate(batch, max_tokens, beyond)
         for (kind, prompt), reply in zip(chunk, said, strict=True):
             length = next((i + 1 for i, t in enumerate(reply) if t in target.end_ids), max_tokens)
-            length = min(length, max_tokens)
-            if length > 1:
-                replies.append(_reply(kind, prompt, reply, length))
+            replies.append(_reply(kind, prompt, reply, min(length, max_tokens)))
         report(len(chunk))
-    return replies, bad
+    return replies
 
 
 def _reply(kind: str, prompt: Rendered, reply: list[int], length: int) -> Reply:
@@ -146,12 +165,16 @@ def chain_acceptance(
     steps: int,
     visual_rows: str = "decoupled",
     batch_size: int = 8,
+    seen: Callable[[Features], Features] | None = None,
 ) -> dict[str, Figures]:
-    """Replay greedy chains of `steps` tokens; figures by kind of work."""
+    """Replay greedy chains of `steps` tokens; figures by kind of work.
+
+    seen: changes what the draft is given; the target's replies stay as they are.
+    """
     found: dict[str, Figures] = defaultdict(Figures)
     for start in range(0, len(replies), batch_size):
         chunk = replies[start : start + batch_size]
-        batch, rows = _rows(target, chunk, visual_rows)
+        batch, rows = _rows(target, chunk, visual_rows, seen)
         truth = batch.input_ids.roll(-2, 1)
         outputs = unroll(draft, rows, steps)
         matches = torch.stack([_choice(target, out) == truth for out in outputs]).cpu()
@@ -214,10 +237,16 @@ def _walk(tokens: list[int], parents: list[int], text: list[int]) -> int:
 
 
 def _rows(
-    target: Target, replies: Sequence[Reply], visual_rows: str
+    target: Target,
+    replies: Sequence[Reply],
+    visual_rows: str,
+    seen: Callable[[Features], Features] | None = None,
 ) -> tuple[TokenBatch, DraftRows]:
     batch = collate([reply.talk for reply in replies], target.pad_id).to(target.device)
-    return batch, draft_rows(target.features(batch), target.embed, visual_rows)
+    features = target.features(batch)
+    if seen is not None:
+        features = seen(features)
+    return batch, draft_rows(features, target.embed, visual_rows)
 
 
 def _choice(target: Target, out: Tensor) -> Tensor:

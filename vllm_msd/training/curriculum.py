@@ -1,6 +1,5 @@
 """The two-stage curriculum and the feature noise of MSD's training."""
 
-import torch
 from torch import Tensor
 
 # The noise is meant for sequences of this many rows; shorter ones get more.
@@ -27,20 +26,10 @@ def visual_ratio(epoch: int, total: int) -> float:
     return min(1.0, (epoch - total // 2) / (total / 2))
 
 
-def hidden_noise(
-    hidden_states: Tensor, std: float, generator: torch.Generator | None = None
-) -> Tensor:
+def add_noise(hidden_states: Tensor, uniform: Tensor, std: float) -> Tensor:
     """Even noise in +-std/2, scaled by 512 / S, added to hidden states ``[B, S, H]``.
 
-    At inference the draft reads its own inexact outputs; noise makes it expect that.
+    At inference the draft reads its own inexact outputs; noise makes it expect that. ``uniform``
+    holds the draws, in [0, 1).
     """
-    uniform = torch.rand(
-        hidden_states.shape, generator=generator, device=hidden_states.device,
-        dtype=hidden_states.dtype,
-    )  # fmt: skip
-    return add_noise(hidden_states, uniform, std)
-
-
-def add_noise(hidden_states: Tensor, uniform: Tensor, std: float) -> Tensor:
-    """`hidden_noise` with the even draws in [0, 1) given."""
     return hidden_states + (uniform - 0.5) * (std * NOISE_LENGTH / hidden_states.shape[1])

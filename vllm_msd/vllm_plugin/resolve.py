@@ -152,7 +152,7 @@ def _unknown_target(name: str) -> str:
         f"A local target's draft is found in its folder 'msd/', under the key '{TARGET_KEY}' of "
         "its config.json, or in a folder beside it whose config.json names the target.\n"
         "To serve another target, give its draft's folder or hub name as the speculative model, "
-        "or train a draft for it: python -m vllm_msd.training.train_draft --help"
+        "or train a draft for it: vllm-msd train --help"
     )
 
 

@@ -106,20 +106,23 @@ class Renderer:
         inputs.pop("attention_mask", None)
         return Rendered(ids, mask, inputs)
 
-    def prompt(self, record: Record) -> tuple[Rendered, str, list[Image.Image]]:
-        """Everything before the last reply, with the generation prompt, to be answered.
+    def prompt(self, record: Record) -> Rendered:
+        """Everything before the last reply (see `ask`)."""
+        return self.ask(record.messages[:-1], self._load_images(record))
 
-        Returns:
-            The rendering (its ``answer_mask`` all False), the text and the images.
+    def ask(self, messages: list[dict], images: list[Image.Image]) -> Rendered:
+        """Chat messages with the generation prompt, to be answered; ``answer_mask`` is all False.
+
+        Raises:
+            BadRecordError: the template does not fit, or more than ``max_length`` tokens.
         """
-        images = self._load_images(record)
-        text = self._text(record.messages[:-1], add_generation_prompt=True)
+        text = self._text(messages, add_generation_prompt=True)
         inputs = self._process(text, images)
         ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask", None)
         if len(ids) > self.max_length:
             raise BadRecordError(f"its prompt is longer than max_length ({self.max_length}) tokens")
-        return Rendered(ids, torch.zeros(len(ids), dtype=torch.bool), inputs), text, images
+        return Rendered(ids, torch.zeros(len(ids), dtype=torch.bool), inputs)
 
     def _load_images(self, record: Record) -> list[Image.Image]:
         loaded = []
