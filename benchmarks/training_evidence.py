@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=700, help="of each run")
     parser.add_argument("--records", type=int, default=6000, help="of text, and of multimodal data")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
-    parser.add_argument("--config", type=Path, default=Path("examples/train_demo_draft.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("vllm_msd/demo/draft.yaml"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--work", type=Path, default=Path("build/evidence"))
     parser.add_argument("--output", type=Path, help="write figures as JSON, and a plot beside it")
@@ -135,6 +135,7 @@ def train_all(
                 "multimodal_data": data["multimodal"],
                 "output": folder,
                 "steps": args.steps,
+                "eval_records": 16,  # what counts is measured afterwards
                 "eval_every": args.steps,
                 "save_every": args.steps,
                 "seed": seed,
