@@ -1,10 +1,10 @@
-"""Copy the measured figures into README.md, between its results markers.
+"""Copy the measured figures into README.md and docs/training.md, between their results markers.
 
-    python benchmarks/readme.py            # rewrites the section
-    python benchmarks/readme.py --check    # exits with 1 when it is out of date
+    python benchmarks/readme.py            # rewrites the sections
+    python benchmarks/readme.py --check    # exits with 1 when one is out of date
 
-Each part of the section is made from one result file; a part without its file is left out. Nothing
-in the section is written by hand.
+Each part of a section is made from one result file; a part without its file is left out. Nothing
+in a section is written by hand.
 """
 
 import argparse
@@ -12,12 +12,15 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from vllm_msd.demo.engine import SHORT
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+# Of kinds of work; the others are the kinds.
+SUMS = ("multimodal", "all")
+PICTURE = "../benchmarks/results/training.png"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -191,6 +194,50 @@ def lossless(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, _source(name, newest)])
 
 
+def training(name: str, result: dict[str, Any]) -> str:
+    """The paper's claims about visual rows and stages, and training over several steps."""
+    settings, variants = result["settings"], result["summary"]
+
+    def spread(values: list[float]) -> str:
+        return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    rows, depths = [], []
+    for variant, ways in variants.items():
+        counted = ways.get("vllm", ways["eval"])
+        lengths = counted["lengths"]
+        cells = [mean(values) for kind, values in lengths.items() if kind not in SUMS]
+        rows.append((f"`{variant}`", spread(lengths["multimodal"]), *cells))
+        depths.append((f"`{variant}`", *map(mean, zip(*counted["at_depth"], strict=True))))
+    kinds = [kind for kind in next(iter(variants.values()))["eval"]["lengths"] if kind not in SUMS]
+    pairs = [
+        (in_vllm, offline)
+        for ways in variants.values()
+        if "vllm" in ways
+        for in_vllm, offline in zip(
+            ways["vllm"]["lengths"]["all"], ways["eval"]["lengths"]["all"], strict=True
+        )
+    ]
+    apart = max(abs(offline / in_vllm - 1) for in_vllm, offline in pairs)
+    served = [run for run in result["runs"] if run["identical"] is not None]
+    same = sum(run["identical"] for run in served)
+    asked = sum(run["requests"] for run in served)
+    return "\n\n".join(
+        [
+            f"Tokens per verification, five drafted, greedy, fp32, {settings['num_prompts']} "
+            f"held-out questions; {len(settings['seeds'])} seeds of {settings['steps']} steps "
+            "each, mean over the seeds, their range in brackets:",
+            table(["draft", "with images", *kinds], rows),
+            "Share of verifications that accept so many drafted tokens or more:",
+            table(["draft", *(str(depth) for depth in range(1, len(depths[0])))], depths),
+            f"Counted in vLLM, where {same} of {asked} answers were those without a draft; "
+            "`dropped`, which vLLM cannot serve, by `vllm-msd eval`. The two ways of counting "
+            f"differ by {apart:.1%} at most.",
+            f"![Tokens per verification by kind of work]({PICTURE})",
+            _source(name, result),
+        ]
+    )
+
+
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "benchmarks/results/demo.json": demo,
     "benchmarks/results/trees.json": trees,
@@ -200,37 +247,51 @@ PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
 }
 
 
-def section(root: Path = ROOT) -> str:
-    """The whole section with its markers, from the files below ``root``."""
+# By document: its parts.
+DOCUMENTS = {
+    "README.md": PARTS,
+    "docs/training.md": {"benchmarks/results/training.json": training},
+}
+
+
+def section(root: Path = ROOT, document: str = "README.md") -> str:
+    """A document's whole section with its markers, from the files below ``root``."""
     parts = [
         make(name, json.loads((root / name).read_text(encoding="utf-8")))
-        for name, make in PARTS.items()
+        for name, make in DOCUMENTS[document].items()
         if (root / name).is_file()
     ]
     return "\n\n".join([BEGIN, *parts, END])
 
 
-def updated(readme: str, results: str) -> str:
-    """``readme`` with its section replaced. Raises SystemExit when it has no markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def updated(text: str, results: str) -> str:
+    """A document with its section replaced. Raises SystemExit when it has no markers."""
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SystemExit(f"README.md: expected the markers {BEGIN} and {END}")
+        raise SystemExit(
+            f"expected the markers {BEGIN} and {END} in each of {', '.join(DOCUMENTS)}"
+        )
     return before + results + after
 
 
 def main() -> int:
-    """Rewrite or check the section."""
+    """Rewrite or check the sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, tell by exit code")
     args = parser.parse_args()
-    readme = README.read_text(encoding="utf-8")
-    new = updated(readme, section())
-    if args.check:
-        if new != readme:
-            print("README.md: results are out of date; run python benchmarks/readme.py")
-        return int(new != readme)
-    README.write_text(new, encoding="utf-8")
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = updated(old, section(document=name))
+        if new != old:
+            stale.append(name)
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    if args.check and stale:
+        print(f"out of date: {', '.join(stale)}; run python benchmarks/readme.py")
+        return 1
     return 0
 
 
