@@ -6,9 +6,11 @@
 Every variant is `vllm-msd train` with one setting changed, on the same records for the same number
 of steps, once per seed:
 
-msd              visual rows decoupled, text first and then a ramp, three drafting steps
+msd              visual rows decoupled, three drafting steps, text first and then a ramp that is
+                 over after a part of the run (see --config)
 coupled          visual rows through the fusion layer, as in EAGLE
 dropped          visual rows not seen by the draft
+published-ramp   text only for half of the run, then a ramp up to its end, as published
 text-only        no multimodal record
 multimodal-only  no text record
 mixed            the ramp's mean share from the first step on
@@ -40,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     BASE: {},
     "coupled": {"visual_rows": "coupled"},
     "dropped": {"visual_rows": "dropped"},
+    "published-ramp": {"curriculum_share": 1.0, "visual_share": 1.0},
     "text-only": {"curriculum": "text"},
     "multimodal-only": {"curriculum": "multimodal"},
     "mixed": {"curriculum": "mixed"},
@@ -48,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # The comparisons that are drawn: its title and its variants.
 COMPARISONS = {
     "Visual rows": [BASE, "coupled", "dropped"],
-    "Curriculum": [BASE, "text-only", "multimodal-only", "mixed"],
+    "Curriculum": [BASE, "published-ramp", "text-only", "multimodal-only", "mixed"],
     "Drafting steps in training": [BASE, "one-step"],
 }
 NUM_SPECULATIVE_TOKENS = 5
@@ -63,8 +66,8 @@ def main() -> int:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=700, help="of each run")
-    parser.add_argument("--records", type=int, default=6000, help="of text, and of multimodal data")
+    parser.add_argument("--steps", type=int, default=250, help="of each run")
+    parser.add_argument("--records", type=int, default=5000, help="of text, and of multimodal data")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
     parser.add_argument("--config", type=Path, default=Path("vllm_msd/demo/draft.yaml"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
