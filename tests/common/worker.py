@@ -19,6 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
 JOBS = {
+    "acceptance_counters": "tests.common.acceptance_counters:acceptance_counters",
     "chain": "tests.common.chain_identity:chain_identity",
     "draft_rows": "tests.common.draft_rows:draft_rows",
     "greedy": "tests.common.lossless:greedy_identity",

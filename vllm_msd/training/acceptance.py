@@ -19,6 +19,7 @@ from vllm_msd.training.data.batches import TokenBatch, collate, kind_of
 from vllm_msd.training.data.index import BadRecord, RecordFile
 from vllm_msd.training.data.records import BadRecordError
 from vllm_msd.training.data.render import Rendered, Renderer
+from vllm_msd.training.losses import CHUNK_LOGITS
 from vllm_msd.training.rows import draft_rows
 from vllm_msd.training.targets import Features, Target
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
@@ -250,9 +251,11 @@ def _rows(
 
 
 def _choice(target: Target, out: Tensor) -> Tensor:
-    """The target's head on a draft's outputs, its best token; row by row, to spare memory."""
-    rows = [torch.nn.functional.linear(x.to(target.head.dtype), target.head) for x in out]
-    return torch.stack([logits.argmax(-1) for logits in rows])
+    """The best token of the target's head on a draft's outputs ``[B, S, H]``, by chunks of rows."""
+    rows = out.flatten(0, 1).to(target.head.dtype)
+    chunks = rows.split(max(1, CHUNK_LOGITS // target.head.shape[0]))
+    found = [torch.nn.functional.linear(chunk, target.head).argmax(-1) for chunk in chunks]
+    return torch.cat(found).view(out.shape[:2])
 
 
 def merge(parts: Iterable[dict[str, Figures]]) -> dict[str, Figures]:

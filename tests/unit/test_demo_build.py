@@ -1,0 +1,32 @@
+"""`vllm-msd demo build` from a trained target on: data, draft, figures."""
+
+import json
+import shutil
+
+from vllm_msd.checkpoint import load_draft
+from vllm_msd.cli.main import main
+from vllm_msd.demo.build import DRAFT_SETTINGS
+from vllm_msd.demo.paths import PAIR, demo_pair
+
+
+def test_a_build_goes_on_from_its_target(tmp_path, capsys):
+    shutil.copytree(demo_pair().target, tmp_path / "work" / "target" / "model")
+    settings = tmp_path / "draft.yaml"
+    text = DRAFT_SETTINGS.read_text().replace("steps: 2000", "steps: 2")
+    settings.write_text(text.replace("batch_size: 16", "batch_size: 4"))
+    options = ["--records", "6", "--per-kind", "2", "--draft-config", str(settings)]
+    assert main(["demo", "build", "--output", str(tmp_path), *options]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == {name: str(tmp_path / name) for name in ("target", "draft")}
+    config, _ = load_draft(tmp_path / "draft")
+    assert config.target.name_or_path == "../target"
+    note = json.loads((tmp_path / "draft" / "provenance.json").read_text())
+    assert note["steps"] == 2 and note["settings"]["draft_steps"] == 3
+    # The committed pair's files have the same keys.
+    figures, committed = (
+        json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, PAIR)
+    )
+    for table in ("accuracy", "acceptance", "acceptance_wrong_image_in_draft"):
+        assert figures[table].keys() == committed[table].keys()
+    old = json.loads((PAIR / "draft" / "provenance.json").read_text())
+    assert old.keys() - note.keys() <= {"note"}
