@@ -10,7 +10,7 @@ from vllm_msd.demo.paths import demo_pair
 from vllm_msd.demo.write_data import write_data
 
 MAX_TOKENS = 64
-RECORDS = 8  # of text, and as many with an image
+RECORDS = 6  # of text, and as many with an image
 # By name: arguments of the engine, and flags of the command.
 WAYS = {
     "chain": ({"spec_tokens": 4}, ["--num-speculative-tokens", "4"]),
