@@ -25,10 +25,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def main() -> int:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=250, help="of each run")
+    parser.add_argument("--steps", type=int, default=200, help="of each run")
     parser.add_argument("--records", type=int, default=5000, help="of text, and of multimodal data")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
     parser.add_argument("--config", type=Path, default=Path("vllm_msd/demo/draft.yaml"))
@@ -91,7 +92,7 @@ def main() -> int:
             for variant, seed in tqdm(runs, desc="vllm-msd eval")
         ]
         serve_all(found, args, pair)
-    except (MSDError, subprocess.CalledProcessError) as error:
+    except MSDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {**facts, "summary": summary(found), "runs": found}
@@ -125,38 +126,42 @@ def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
 def train_all(
     runs: list[tuple[str, int]], args: argparse.Namespace, target: Path, data: dict[str, Path]
 ) -> None:
-    """Train every run that is not there yet, some at once with a thread each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-    def train(run: tuple[str, int]) -> None:
-        variant, seed = run
+    """Train every run that is not there yet, some at once in processes of one thread."""
+    missing = []
+    for variant, seed in runs:
         folder = run_folder(args, variant, seed)
         if not (folder / "last" / "config.json").is_file():
             changed = {
-                "target": target,
-                "text_data": data["text"],
-                "multimodal_data": data["multimodal"],
-                "output": folder,
+                "target": str(target),
+                "text_data": [str(data["text"])],
+                "multimodal_data": [str(data["multimodal"])],
+                "output": str(folder),
                 "steps": args.steps,
-                "eval_records": 16,  # what counts is measured afterwards
-                "eval_every": args.steps,
+                "eval_records": 0,  # what counts is measured afterwards
                 "save_every": args.steps,
                 "seed": seed,
                 **VARIANTS[variant],
             }
-            flags = [f"--{k.replace('_', '-')}={v}" for k, v in changed.items()]
-            command = ["-m", "vllm_msd.cli.main", "train", f"--config={args.config}", *flags]
-            subprocess.run(
-                [sys.executable, *command], env=environment, check=True, stdout=subprocess.DEVNULL,
-                stderr=(args.work / f"{folder.name}.log").open("w"),
-            )  # fmt: skip
-        bar.update()
-
+            missing.append((str(args.config), changed))
     with (
-        tqdm(total=len(runs), desc="training", unit="run") as bar,
-        ThreadPoolExecutor(args.jobs) as pool,
+        tqdm(total=len(missing), desc="training", unit="run") as bar,
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
     ):
-        list(pool.map(train, runs))
+        for done in as_completed([pool.submit(train_one, *run) for run in missing]):
+            done.result()
+            bar.update()
+
+
+def train_one(config: str, changed: dict[str, Any]) -> None:
+    """One run, in a process of its own thread."""
+    import torch
+
+    from vllm_msd.training import TrainSettings, train
+
+    torch.set_num_threads(1)
+    log = Path(changed["output"]).with_suffix(".log")
+    with log.open("w") as file, redirect_stderr(file):
+        train(TrainSettings.load(config, **changed))
 
 
 def held_out(args: argparse.Namespace) -> Path:
