@@ -4,14 +4,13 @@
 
 The target is the demo's, widened to a real shape (`--size small` takes it as it is), in bf16. Steps
 are those of `vllm-msd train`: `data` reads and renders records, `target` is the target's forward
-pass, `draft` all the rest: the draft forward and back, both losses, clipping, AdamW. A case's
-figures are the sums over its steps; each case has a step of its own to warm up.
+pass, `draft` all the rest: the draft forward and back, both losses, clipping, AdamW. Figures are
+sums over the steps of a run, the first of which only warms up.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from vllm_msd.provenance import provenance
 from vllm_msd.training import TrainSettings
 from vllm_msd.training.engine import Trainer
 from vllm_msd.training.targets import Target
-from vllm_msd.training.window import Window
+from vllm_msd.training.window import PHASES
 
 # Most that a step may spend on the draft's side, with the paper's single drafting step.
 LIMIT = 0.25
@@ -47,27 +46,20 @@ def measure(
         warmup_steps=1,
         eval_records=0,
         length_pool=1,
+        log_every=1,
+        device="cpu",
     )
-    trainer = Trainer(settings, target)
-    trainer.folder.start({}, [])
-    trainer.objective.train()
-    window = Window(draft_steps)
-    for step in range(args.steps + 1):
-        if step == 1:
-            window, started = Window(draft_steps), time.perf_counter()
-        with window.phase("data", trainer.device):
-            data = trainer.dataset[step]
-        trainer.train_step(data, window)
-    seconds = time.perf_counter() - started
+    Trainer(settings, target).run()
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()][1:]
+    seconds = {name: sum(row["seconds"][name] for row in rows) for name in PHASES}
+    total = sum(seconds.values())
+    tokens = sum(row["tokens_per_second"] * sum(row["seconds"].values()) for row in rows)
     return {
         "draft_steps": draft_steps,
-        "seconds": {name: round(value, 3) for name, value in window.seconds.items()},
-        "seconds_in_all": round(seconds, 3),
-        "tokens": int(window.tokens),
-        "tokens_per_second": round(window.tokens / seconds, 1),
-        "rows_that_count": int(window.count),
-        "draft_share": round(window.seconds["draft"] / seconds, 4),
-        "target_share": round(window.seconds["target"] / seconds, 4),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "tokens_per_second": round(tokens / total, 1),
+        "draft_share": round(seconds["draft"] / total, 4),
+        "target_share": round(seconds["target"] / total, 4),
     }
 
 

@@ -92,7 +92,7 @@ def test_split_of_the_work_changes_no_loss(setting, changes):
 def test_killed_run_resumes_with_the_same_losses(setting):
     """`vllm-msd train` killed at a random step, in the middle of what it does there."""
     folder, steps = setting.folder, 40
-    unbroken = setting("unbroken", steps=steps)
+    unbroken = setting("unbroken", steps=steps, save_every=5)
     values = json.loads((folder / "unbroken" / "run.json").read_text())["settings"]
     (folder / "killed.yaml").write_text(json.dumps(values | {"output": str(folder / "killed")}))
     command = ["train", "--config", str(folder / "killed.yaml")]

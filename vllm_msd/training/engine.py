@@ -131,7 +131,11 @@ class Trainer:
         weights = LossWeights(s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
         optimizer = torch.optim.AdamW(
-            objective.parameters(), s.learning_rate, (0.9, 0.95), weight_decay=s.weight_decay
+            objective.parameters(),
+            s.learning_rate,
+            (0.9, 0.95),
+            weight_decay=s.weight_decay,
+            fused=True,
         )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.autocast = torch.autocast(
