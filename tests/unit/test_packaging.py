@@ -65,6 +65,7 @@ def test_wheel_holds_every_package_and_the_demo_pair(wheel):
             inside = f"vllm_msd/{inside}" if package == "kernels" else inside
             assert inside in names, "does its folder have an __init__.py?"
     assert "vllm_msd/demo/pair/target/model.safetensors" in names
+    assert "vllm_msd/demo/draft.yaml" in names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
 
 
