@@ -29,10 +29,15 @@ OPTIONS: dict[str, Any] = {
     "mm_processor_cache_gb": 0,
 }
 
+# Text and pictures of the third prompt of `mixed_batch`.
+THREE_PICTURES = ("{} and {} and then {} compare them", 2, 3, 4)
+
 
 def engine_options(kind: str) -> dict[str, Any]:
     """Engine arguments of both engines."""
-    limits = {"image": 3} if kind == "llava" else {"image": 3, "video": 0}
+    limits = {"image": 3}
+    if tiny.FAMILIES[kind].takes_video:
+        limits["video"] = 0
     return {**OPTIONS, "limit_mm_per_prompt": limits}
 
 
@@ -46,9 +51,8 @@ class Run:
     seen: dict[str, Any] = field(default_factory=dict)  # facts about this run of the case
 
     def prompt(self, text: str, *images: int) -> dict[str, Any]:
-        """A prompt with the pictures of these seeds; wide ones, so that M-RoPE has two axes."""
-        size = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) if self.kind == "llava" else (140, 84)
-        return tiny.prompt(self.kind, text, [tiny.image(seed, size) for seed in images])
+        """A prompt with the pictures of these seeds."""
+        return tiny.prompt(self.kind, text, [tiny.picture(self.kind, seed) for seed in images])
 
     def ask(self, prompts: list[dict], params: Any = None, **overrides: Any) -> list[Any]:
         """Answers as plain data: ids, text, finish and stop reason of every sample."""
@@ -80,7 +84,7 @@ def mixed_batch(run: Run) -> Any:
         [
             run.prompt("how are you?"),
             run.prompt("look: {} what is it?", 1),
-            run.prompt("{} and {} and then {} compare them", 2, 3, 4),
+            run.prompt(*THREE_PICTURES),
             run.prompt("a request that has no image but goes on, to be cut in chunks " * 3),
             run.prompt("{}", 5),
             run.prompt("the last one: {} is short", 6),
@@ -93,7 +97,7 @@ def mixed_batch(run: Run) -> Any:
 def chunk_inside_image(run: Run) -> Any:
     """Alone in the batch, so the first chunk ends at row 44: inside the first image."""
     tokenizer = run.engine.get_tokenizer()
-    placeholder = tokenizer.convert_tokens_to_ids(tiny.IMAGE_TOKEN[run.kind])
+    placeholder = tokenizer.convert_tokens_to_ids(tiny.FAMILIES[run.kind].image_token)
     prompt = run.prompt("thirty-five characters before it: {} and {}", 7, 8)
     output = run.engine.generate([prompt], greedy(), use_tqdm=False)[0]
     ids, limit = output.prompt_token_ids, OPTIONS["max_num_batched_tokens"]

@@ -145,7 +145,7 @@ class Oracle:
         from vllm_msd.checkpoint import load_draft
         from vllm_msd.draft import MSDDraft
 
-        architecture = getattr(transformers, tiny.ARCHITECTURES[self.kind])
+        architecture = getattr(transformers, tiny.FAMILIES[self.kind].architecture)
         self.model = architecture.from_pretrained(self.target, dtype=torch.float32).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(self.target)
         self.image_token = self.processor.image_token_id
@@ -163,7 +163,7 @@ class Oracle:
         media = {}
         if images:
             media = dict(self.processor.image_processor(images, return_tensors="pt"))
-            if self.kind != "llava":
+            if tiny.FAMILIES[self.kind].is_qwen_vl:
                 media["mm_token_type_ids"] = (token_ids == self.image_token).int()
         hidden = self.model.model(input_ids=token_ids, **media).last_hidden_state
         hook.remove()

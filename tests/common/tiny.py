@@ -9,7 +9,8 @@ time and wrong often enough. For trees there is a draft that is unsure (``decoys
 tokens it finds others about as likely as the right one, which then stands second or third.
 
 Folders are in the standard Hugging Face layout (hub key names, tokenizer, processor) and load in
-vLLM and in Transformers. Sizes respect vLLM's CPU attention: head size 32, tensor parallel 2.
+vLLM and in Transformers. Sizes respect vLLM's CPU attention (head sizes 32 and 64) and tensor
+parallel 2.
 """
 
 import json
@@ -21,53 +22,44 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.common.tiny_targets import (
+    FAMILIES,
+    HEADS,
+    HIDDEN,
+    IMAGE_SIZE,
+    KV_HEADS,
+    MAX_POSITIONS,
+    VOCAB,
+    hub_name,
+    printable_ids,
+    target_config,
+    write_processor,
+)
 from vllm_msd.draft import MSDDraftConfig
 from vllm_msd.draft.config import TargetInfo
 
-KINDS = ("llava", "qwen2_vl", "qwen2_5_vl")
-ARCHITECTURES = {
-    "llava": "LlavaForConditionalGeneration",
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-}
-HIDDEN, HEADS, KV_HEADS, LAYERS, HEAD_DIM = 128, 4, 2, 2, 32
-VOCAB = 320
-MAX_POSITIONS = 2048
-SPECIAL_TOKENS = {
-    "llava": ["<s>", "</s>", "<pad>", "<image>"],
-    "qwen2_vl": [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|vision_pad|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ],
-}
-SPECIAL_TOKENS["qwen2_5_vl"] = SPECIAL_TOKENS["qwen2_vl"]
-IMAGE_PLACEHOLDER = {
-    "llava": "<image>",
-    "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-}
-IMAGE_TOKEN = {"llava": "<image>", "qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
-IMAGE_SIZE = 70  # llava: 5 x 5 patches of 14
+KINDS = tuple(FAMILIES)
+# Kinds of target that drafts in the flat layout were published for.
+PUBLISHED_KINDS = ("llava", "qwen2_vl", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
 class TinyPair:
-    """Paths of one pair. ``draft`` is in our own format, ``published`` in the flat layout."""
+    """Paths of one pair. ``draft`` is in our own format, ``published`` in the flat layout.
+
+    ``published`` is None for a target for which no flat draft was ever published.
+    """
 
     kind: str
     target: str
     draft: str
-    published: str
+    published: str | None
 
 
-def build_pair(root: Path, kind: str, seed: int = 0, decoys: int = 0) -> TinyPair:
-    """Write the pair's three folders below ``root`` and return their paths.
+def build_pair(
+    root: Path, kind: str, seed: int = 0, decoys: int = 0, tied: bool = False
+) -> TinyPair:
+    """Write the pair's folders below ``root`` and return their paths.
 
     Args:
         root: folder to write to.
@@ -75,6 +67,8 @@ def build_pair(root: Path, kind: str, seed: int = 0, decoys: int = 0) -> TinyPai
         seed: of all weights.
         decoys: wrong tokens that the draft finds about as likely as the right one, after every
             second token.
+        tied: the target's head is its embedding table, so that it walks on the spot where its
+            layers do not push it.
     """
     torch.manual_seed(seed)
     root = Path(root)
@@ -82,24 +76,14 @@ def build_pair(root: Path, kind: str, seed: int = 0, decoys: int = 0) -> TinyPai
     embedding = torch.randn(VOCAB, HIDDEN)
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1)
-        _write_target(target, kind, embedding, seed)
+        _write_target(target, kind, embedding, seed, tied)
     config = _draft_config(kind)
     state = _draft_state(config, seed + 2)
     if decoys:
         state["fc.weight"][:, :HIDDEN] += _decoys(embedding, decoys, seed + 4)
-    _write(
-        draft,
-        {
-            **config.to_dict(),
-            "target": {
-                "name_or_path": "../target",
-                "architecture": ARCHITECTURES[kind],
-                "hidden_size": HIDDEN,
-                "vocab_size": VOCAB,
-            },
-        },
-        state,
-    )
+    _write(draft, config.to_dict(), state)
+    if kind not in PUBLISHED_KINDS:
+        return TinyPair(kind, str(target), str(draft), None)
     _write(published, _published_config(config, kind), {**state, "embed_tokens.weight": embedding})
     return TinyPair(kind, str(target), str(draft), str(published))
 
@@ -111,12 +95,18 @@ def image(seed: int, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)) -> Image.
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
 
+def picture(kind: str, seed: int) -> Image.Image:
+    """A picture of one of the sizes that a kind of target is tested with."""
+    sizes = FAMILIES[kind].picture_sizes
+    return image(seed, sizes[seed % len(sizes)])
+
+
 def prompt(kind: str, text: str, images: list[Image.Image] | None = None) -> dict:
     """A vLLM prompt; every ``{}`` in ``text`` stands for the next image."""
     images = images or []
     if text.count("{}") != len(images):
         raise ValueError(f"{text.count('{}')} places in the text, {len(images)} images")
-    request = {"prompt": text.replace("{}", IMAGE_PLACEHOLDER[kind])}
+    request = {"prompt": text.replace("{}", FAMILIES[kind].placeholder)}
     if images:
         request["multi_modal_data"] = {"image": images}
     return request
@@ -125,23 +115,24 @@ def prompt(kind: str, text: str, images: list[Image.Image] | None = None) -> dic
 # Target ---------------------------------------------------------------------------------------
 
 
-def _write_target(folder: Path, kind: str, embedding: torch.Tensor, seed: int) -> None:
-    folder.mkdir(parents=True)
-    tokenizer = _write_processor(folder, kind)
-    config = _target_config(kind, tokenizer)
-    config.architectures = [ARCHITECTURES[kind]]
+def _write_target(folder: Path, kind: str, embedding: torch.Tensor, seed: int, tied: bool) -> None:
     import transformers
 
+    folder.mkdir(parents=True)
+    tokenizer = write_processor(folder, kind)
+    config = target_config(kind, tokenizer, tied)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, ARCHITECTURES[kind])(config)
-    state = {_hub_name(kind, name): w.clone() for name, w in model.state_dict().items()}
+        model = getattr(transformers, FAMILIES[kind].architecture)(config)
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
     _scramble(state, seed)
-    language = "language_model." if kind == "llava" else ""
-    state[f"{language}model.embed_tokens.weight"].copy_(embedding)
-    state[f"{language}lm_head.weight"].copy_(_head(embedding, seed))
+    state["model.language_model.embed_tokens.weight"].copy_(embedding)
+    if tied:
+        del state["lm_head.weight"]
+    else:
+        state["lm_head.weight"].copy_(_head(embedding, seed))
     save_file(
-        {name: w.contiguous() for name, w in state.items()},
+        {hub_name(kind, name): weight.contiguous() for name, weight in state.items()},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -151,21 +142,12 @@ def _write_target(folder: Path, kind: str, embedding: torch.Tensor, seed: int) -
     (folder / "generation_config.json").write_text(json.dumps(generation))
 
 
-def _hub_name(kind: str, name: str) -> str:
-    """Transformers 5 names modules otherwise than the hub's checkpoints do; vLLM reads those."""
-    if kind == "llava":
-        name = name.replace("model.vision_tower.", "vision_tower.vision_model.")
-        name = name.replace("model.multi_modal_projector.", "multi_modal_projector.")
-        name = name.replace("model.language_model.", "language_model.model.")
-        return name.replace("lm_head.", "language_model.lm_head.")
-    name = name.replace("model.visual.", "visual.")
-    return name.replace("model.language_model.", "model.")
-
-
 def _scramble(state: dict[str, torch.Tensor], seed: int) -> None:
     """Random weights of a size at which attention picks and the layers push."""
     generator = torch.Generator().manual_seed(seed + 3)
     for name, weight in state.items():
+        if name.endswith("q_norm.weight"):
+            weight.fill_(2.5)  # there the size of a projection has no say
         if weight.dim() < 2 or "embed" in name or "lm_head" in name:
             continue
         fan_in = weight[0].numel()
@@ -181,173 +163,26 @@ def _scramble(state: dict[str, torch.Tensor], seed: int) -> None:
 
 def _head(embedding: torch.Tensor, seed: int) -> torch.Tensor:
     """Row ``next(t)`` is t's embedding, for printable t along one random cycle; else zero."""
-    printable = torch.tensor(_printable_ids())
+    printable = torch.tensor(printable_ids())
     order = printable[torch.randperm(len(printable), generator=torch.Generator().manual_seed(seed))]
     head = torch.zeros_like(embedding)
     head[order.roll(-1)] = embedding[order]
     return head
 
 
-def _target_config(kind: str, tokenizer):
-    import transformers
-
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS[kind]}
-    text = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": MAX_POSITIONS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": False,
-    }
-    if kind == "llava":
-        vision = transformers.CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
-            patch_size=14,
-            projection_dim=64,
-        )
-        return transformers.LlavaConfig(
-            vision_config=vision,
-            text_config=transformers.LlamaConfig(**text),
-            image_token_index=ids["<image>"],
-            image_seq_length=(IMAGE_SIZE // 14) ** 2,
-            dtype="float32",
-        )
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [4, 6, 6],
-    }
-    ids_of = {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-    }
-    if kind == "qwen2_vl":
-        vision = {
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": HIDDEN,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-        }
-        return transformers.Qwen2VLConfig(
-            text_config=text,
-            vision_config=vision,
-            dtype="float32",
-            tie_word_embeddings=False,
-            **ids_of,
-        )
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "out_hidden_size": HIDDEN,
-        "num_heads": 2,
-        "intermediate_size": 128,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    }
-    return transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, dtype="float32", tie_word_embeddings=False, **ids_of
-    )
-
-
-# Tokenizer and processor ----------------------------------------------------------------------
-
-
-def _byte_vocabulary() -> dict[str, int]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-
-
-def _printable_ids() -> list[int]:
-    """Ids of the letters, digits, punctuation and the space ("Ġ" in byte-level vocabularies)."""
-    vocabulary = _byte_vocabulary()
-    return [vocabulary[chr(c)] for c in range(33, 127)] + [vocabulary["Ġ"]]
-
-
-def _write_processor(folder: Path, kind: str):
-    """One token per byte and the special tokens; returns the tokenizer."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    core = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL_TOKENS[kind])
-    if kind == "llava":
-        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    else:
-        names = {
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-        }
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=MAX_POSITIONS, **names
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", IMAGE_PLACEHOLDER[kind])
-    if kind == "llava":
-        images = transformers.CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        )
-        processor = transformers.LlavaProcessor(
-            images,
-            tokenizer,
-            patch_size=14,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            chat_template=tokenizer.chat_template,
-        )
-    else:
-        limits = {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}
-        images = transformers.Qwen2VLImageProcessor(size=limits)
-        video = transformers.Qwen2VLVideoProcessor(size=limits)
-        cls = (
-            transformers.Qwen2VLProcessor
-            if kind == "qwen2_vl"
-            else (transformers.Qwen2_5_VLProcessor)
-        )
-        processor = cls(images, tokenizer, video, chat_template=tokenizer.chat_template)
-    processor.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: "
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% else %}IMAGE{% endif %}"
-    "{% endfor %}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
 # Draft ----------------------------------------------------------------------------------------
 
 
 def _draft_config(kind: str) -> MSDDraftConfig:
-    is_llama = kind == "llava"
+    family = FAMILIES[kind]
+    is_llama = family.draft_layer == "llama"
     return MSDDraftConfig(
-        layer_type="llama" if is_llama else "qwen2",
+        layer_type=family.draft_layer,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
+        head_dim=family.head_dim,
         num_hidden_layers=1,
         rms_norm_eps=1e-5 if is_llama else 1e-6,
         rope_theta=1e4 if is_llama else 1e6,
@@ -355,7 +190,7 @@ def _draft_config(kind: str) -> MSDDraftConfig:
         max_position_embeddings=MAX_POSITIONS,
         attention_bias=not is_llama,
         input_norm=not is_llama,
-        target=TargetInfo("../target", ARCHITECTURES[kind], HIDDEN, VOCAB),
+        target=TargetInfo("../target", family.architecture, HIDDEN, VOCAB),
     )
 
 
@@ -387,7 +222,7 @@ def _decoys(embedding: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     enough for the rest of the draft to have a say in the order, so that it varies with the context.
     """
     generator = torch.Generator().manual_seed(seed)
-    printable = torch.tensor(_printable_ids())
+    printable = torch.tensor(printable_ids())
     rows = embedding[printable]
     mixed = torch.zeros_like(rows)
     for i in range(0, len(rows), 2):

@@ -49,8 +49,7 @@ class Request:
 
     def prompt(self, kind: str) -> dict[str, Any]:
         """The request as vLLM takes it, for a target of this kind."""
-        size = (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE) if kind == "llava" else (140, 84)
-        return tiny.prompt(kind, self.text, [tiny.image(seed, size) for seed in self.images])
+        return tiny.prompt(kind, self.text, [tiny.picture(kind, seed) for seed in self.images])
 
     def params(self) -> Any:
         """Its sampling parameters."""

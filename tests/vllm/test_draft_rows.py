@@ -16,6 +16,7 @@ RUNS = {
     ("llava", "v1"): ["mask", "chunk_end"],
     ("qwen2_vl", "v1"): ["positions"],
     ("qwen2_5_vl", "v1"): [],
+    ("qwen3_vl", "v1"): [],
     ("llava", "v2"): [],
     ("qwen2_vl", "v2"): [],
 }

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "llava": ("EagleMsdLlamaForCausalLM", "LlamaConfig"),
     "qwen2_vl": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
     "qwen2_5_vl": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
+    "qwen3_vl": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
 }
 
 
@@ -62,8 +63,11 @@ def msd(pair, **keys):
 # Building the config
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("layout", ["draft", "published", "msd"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, layout) for kind in tiny.KINDS for layout in ("draft", "msd")]
+    + [(kind, "published") for kind in tiny.PUBLISHED_KINDS],
+)
 def test_each_layout_becomes_our_draft_class(pairs, kind, layout):
     pair = pairs[kind]
     model = "msd" if layout == "msd" else getattr(pair, layout)

@@ -18,6 +18,8 @@ _FAMILIES = {
     "qwen2_vl": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "qwen3_vl": "qwen3_vl",
 }
 _FAMILY_OF_LAYER = {"llama": "llava", "qwen2": "qwen2_vl"}
 

@@ -17,16 +17,10 @@ from vllm_msd.errors import CheckpointError
 from vllm_msd.training.data.batches import TokenBatch
 from vllm_msd.training.data.render import Renderer
 
-# Model type -> whether vLLM serves drafts for it with this plugin (a test trains and serves one).
-FAMILIES = {
-    "llava": True,
-    "qwen2_vl": True,
-    "qwen2_5_vl": True,
-    "llava_next": False,
-    "llava_onevision": False,
-    "qwen3_vl": False,
-}
-# Language models whose drafts are Llama-type layers; others get Qwen2-type ones.
+# Model types that drafts can be trained for. A test trains and serves one for each.
+FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Language models whose drafts are Llama-type layers; others get Qwen2-type ones. So do Qwen3-VL's:
+# nothing was published for them, and a draft's layer need not have the target's q/k norms.
 _LLAMA_LIKE = ("llama", "mistral")
 
 

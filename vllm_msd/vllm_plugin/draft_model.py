@@ -199,7 +199,10 @@ class EagleMsdForCausalLM(nn.Module):
 
         Args:
             input_ids: ``[T]`` int, shifted by one; any value on visual rows.
-            multimodal_embeddings: embeddings of the visual rows, in order, ``[n_i, H]`` each.
+            multimodal_embeddings: embeddings of the visual rows, in order, ``[n_i, H]`` each, or
+                wider: Qwen3-VL appends what its first layers add later (deepstack). That is the
+                target's own business; the draft reads the first H columns, which are what the
+                target's language model is handed as these rows' input.
             is_multimodal: ``[T]`` bool, on the CPU or the model's device.
 
         Returns:
@@ -215,9 +218,10 @@ class EagleMsdForCausalLM(nn.Module):
                 "as input_ids. Is disable_padded_drafter_batch set? MSD needs it off."
             )
         self.is_visual[:num_rows].copy_(is_multimodal, non_blocking=True)
+        embeds = self.model.embed_tokens(self._in_table(input_ids))
         return _merge_multimodal_embeddings(
-            inputs_embeds=self.model.embed_tokens(self._in_table(input_ids)),
-            multimodal_embeddings=multimodal_embeddings,
+            inputs_embeds=embeds,
+            multimodal_embeddings=[image[:, : embeds.shape[-1]] for image in multimodal_embeddings],
             is_multimodal=is_multimodal,
         )
 
@@ -291,4 +295,4 @@ class EagleMsdLlamaForCausalLM(EagleMsdForCausalLM):
 
 
 class EagleMsdQwen2ForCausalLM(EagleMsdForCausalLM):
-    """MSD draft with a Qwen2-type layer (Qwen2-VL and Qwen2.5-VL targets)."""
+    """MSD draft with a Qwen2-type layer (Qwen-VL targets)."""

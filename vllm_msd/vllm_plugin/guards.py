@@ -24,6 +24,7 @@ SUPPORTED_TARGETS = {
     "LlavaForConditionalGeneration": ("llama",),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl_text", "qwen2"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2"),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl_text",),
 }
 
 # Keys of vLLM's speculative config that mean something for an MSD draft.
