@@ -8,11 +8,15 @@ HIDDEN, HEADS, KV_HEADS, LAYERS = 128, 4, 2, 2
 VOCAB = 320
 MAX_POSITIONS = 2048
 IMAGE_SIZE = 70  # pixels of a side of a LLaVA-1.5 image: 5 x 5 patches of 14
+CROP = 42  # of a crop of a target that cuts images into several: 3 x 3 patches
+PINPOINTS = [[CROP, 2 * CROP], [2 * CROP, CROP], [2 * CROP, 2 * CROP]]
 
 _QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+# Pictures for those: one of four crops, with padding to be cut off, and one of two.
+_CROPPED = ((140, 84), (50, 100))
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,22 @@ FAMILIES = {
     ),
     "qwen2_vl": _qwen("Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": _qwen("Qwen2_5_VLForConditionalGeneration"),
+    "llava_next": Family(
+        "LlavaNextForConditionalGeneration",
+        ("<s>", "</s>", "<pad>", "<image>"),
+        "<image>",
+        "<image>",
+        _CROPPED,
+        "llama",
+    ),
+    "llava_onevision": Family(
+        "LlavaOnevisionForConditionalGeneration",
+        ("<s>", "</s>", "<pad>", "<image>", "<video>"),
+        "<image>",
+        "<image>",
+        _CROPPED,
+        "qwen2",
+    ),
     # Heads wider than the hidden size has room for, as in the published small ones.
     "qwen3_vl": _qwen("Qwen3VLForConditionalGeneration", head_dim=64),
 }
@@ -75,6 +95,7 @@ def hub_name(kind: str, name: str) -> str:
         return name.replace("model.language_model.", "model.")
     name = name.replace("model.vision_tower.", "vision_tower.vision_model.")
     name = name.replace("model.multi_modal_projector.", "multi_modal_projector.")
+    name = name.replace("model.image_newline", "image_newline")
     name = name.replace("model.language_model.", "language_model.model.")
     return name.replace("lm_head.", "language_model.lm_head.")
 
@@ -116,12 +137,30 @@ def target_config(kind: str, tokenizer: Any, tied: bool) -> Any:
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "image_size": IMAGE_SIZE,
+        "image_size": IMAGE_SIZE if kind == "llava" else CROP,
         "patch_size": 14,
     }
     common["image_token_index"] = ids["<image>"]
+    if kind == "llava_onevision":
+        return transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**vision, vision_use_head=False),
+            text_config=transformers.Qwen2Config(**text),
+            video_token_index=ids["<video>"],
+            image_grid_pinpoints=PINPOINTS,
+            **common,
+        )
+    clip = transformers.CLIPVisionConfig(**vision, projection_dim=64)
+    if kind == "llava_next":
+        return transformers.LlavaNextConfig(
+            vision_config=clip,
+            # As in the most used ones; the others' language model is a Llama.
+            text_config=transformers.MistralConfig(**text, sliding_window=None),
+            image_grid_pinpoints=PINPOINTS,
+            image_seq_length=(CROP // 14) ** 2,
+            **common,
+        )
     return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision, projection_dim=64),
+        vision_config=clip,
         text_config=transformers.LlamaConfig(**text),
         image_seq_length=(IMAGE_SIZE // 14) ** 2,
         **common,
@@ -209,6 +248,30 @@ def _processor(kind: str, tokenizer: Any, template: dict) -> Any:
             patch_size=14,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
+            **template,
+        )
+    if kind == "llava_next":
+        images = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": CROP},
+            crop_size={"height": CROP, "width": CROP},
+            image_grid_pinpoints=PINPOINTS,
+        )
+        return transformers.LlavaNextProcessor(
+            images,
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            **template,
+        )
+    if kind == "llava_onevision":
+        size = {"height": CROP, "width": CROP}
+        return transformers.LlavaOnevisionProcessor(
+            transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+            tokenizer,
+            transformers.LlavaOnevisionVideoProcessor(size=size),
+            num_image_tokens=(CROP // 14) ** 2,
+            vision_feature_select_strategy="full",
             **template,
         )
     limits = {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}

@@ -390,6 +390,13 @@ def test_a_target_with_more_rows_fits():
         ("llava", {"vocab_size": 49}, LLAVA, "vocabulary: got 49 .* target's 48"),
         ("llava", {}, QWEN25, "family llava, got Qwen2_5_VL"),
         ("qwen2_vl", {}, LLAVA, "family qwen2_vl, got Llava"),
+        (
+            "llava",
+            {},
+            {**LLAVA, "architectures": ["LlavaNextForConditionalGeneration"]},
+            "llava, got",
+        ),
+        ("qwen2_vl", {}, {"model_type": "qwen3_vl"}, "family qwen2_vl, got qwen3_vl"),
         ("llava", {}, {"model_type": "llama", "hidden_size": 32}, "got llama, expected one of"),
         ("llava", {}, {"model_type": "unheard-of"}, "model that transformers knows"),
         (

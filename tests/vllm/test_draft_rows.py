@@ -17,6 +17,8 @@ RUNS = {
     ("qwen2_vl", "v1"): ["positions"],
     ("qwen2_5_vl", "v1"): [],
     ("qwen3_vl", "v1"): [],
+    ("llava_next", "v1"): [],
+    ("llava_onevision", "v1"): [],
     ("llava", "v2"): [],
     ("qwen2_vl", "v2"): [],
 }

@@ -21,6 +21,8 @@ from vllm_msd.vllm_plugin.trees import settings
 
 ARCHITECTURES = {
     "llava": ("EagleMsdLlamaForCausalLM", "LlamaConfig"),
+    "llava_next": ("EagleMsdLlamaForCausalLM", "LlamaConfig"),
+    "llava_onevision": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
     "qwen2_vl": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
     "qwen2_5_vl": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
     "qwen3_vl": ("EagleMsdQwen2ForCausalLM", "Qwen2Config"),
@@ -437,7 +439,7 @@ def test_target_without_a_language_model_of_the_right_type(pair, tmp_path):
 def test_target_of_another_architecture(pair, monkeypatch):
     monkeypatch.delitem(guards.SUPPORTED_TARGETS, "LlavaForConditionalGeneration")
     with pytest.raises(
-        ConfigError, match=r"LlavaForConditionalGeneration\. Supported: Qwen2VLForC"
+        ConfigError, match=r"LlavaForConditionalGeneration\. Supported: LlavaNextForC"
     ):
         configure(pair.target, msd(pair))
 

@@ -26,6 +26,8 @@ RUNS = {
     ("qwen2_vl", "v1"): M_ROPE_CASES,
     ("qwen2_5_vl", "v1"): M_ROPE_CASES[:1],
     ("qwen3_vl", "v1"): M_ROPE_CASES[:1],
+    ("llava_next", "v1"): M_ROPE_CASES[:1],
+    ("llava_onevision", "v1"): M_ROPE_CASES[:1],
     ("qwen2_vl", "v2"): M_ROPE_CASES[:1],
 }
 # What is broken in which run, and the case that has to notice it.

@@ -18,7 +18,7 @@ from vllm_msd.training.data.batches import TokenBatch
 from vllm_msd.training.data.render import Renderer
 
 # Model types that drafts can be trained for. A test trains and serves one for each.
-FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Language models whose drafts are Llama-type layers; others get Qwen2-type ones. So do Qwen3-VL's:
 # nothing was published for them, and a draft's layer need not have the target's q/k norms.
 _LLAMA_LIKE = ("llama", "mistral")

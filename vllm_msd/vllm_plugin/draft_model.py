@@ -295,4 +295,4 @@ class EagleMsdLlamaForCausalLM(EagleMsdForCausalLM):
 
 
 class EagleMsdQwen2ForCausalLM(EagleMsdForCausalLM):
-    """MSD draft with a Qwen2-type layer (Qwen-VL targets)."""
+    """MSD draft with a Qwen2-type layer (Qwen-VL and LLaVA-OneVision targets)."""

@@ -22,6 +22,8 @@ MAX_SPECULATIVE_TOKENS = 128
 # Target architecture -> model types its language model may have.
 SUPPORTED_TARGETS = {
     "LlavaForConditionalGeneration": ("llama",),
+    "LlavaNextForConditionalGeneration": ("llama", "mistral"),
+    "LlavaOnevisionForConditionalGeneration": ("qwen2",),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl", "qwen2_vl_text", "qwen2"),
     "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2"),
     "Qwen3VLForConditionalGeneration": ("qwen3_vl_text",),

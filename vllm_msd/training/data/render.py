@@ -152,9 +152,10 @@ class Renderer:
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
         try:
-            # Nested, for processors that treat several images of one talk in another way.
+            # Flat, as vLLM hands them over: nested, LLaVA-OneVision's would not cut several images
+            # of one talk into crops.
             found = self.processor(
-                images=[images] if images else None,
+                images=images or None,
                 text=[text],
                 return_tensors="pt",
                 **self._options(text),
