@@ -53,6 +53,8 @@ class Case:
     cache: str = "bf16"
     split: bool = True
     tree: bool = True
+    block_size: int = 16
+    requests: int = 64
 
 
 def all_cases() -> list[Case]:
@@ -70,10 +72,17 @@ def all_cases() -> list[Case]:
             Case(arch, 128, 64, q="fp16", cache="fp16"),
             Case(arch, 128, 64, q="fp32", cache="fp32"),
             Case(arch, 256, 64, q="fp32", cache="fp32"),
+            # Blocks that are no power of two want a division; many requests a longer search.
+            *(Case(arch, h, rows, block_size=48) for h in (128, 256) for rows in (64, 512)),
+            Case(arch, 128, 64, requests=1024),
         ]
     # e4m3 conversions exist from sm_89 on.
     cases += [Case(90, h, rows, cache="fp8e4nv") for h in (64, 128, 256) for rows in (1, 64, 512)]
-    cases += [Case(80, 128, 64, cache="fp8e5")]
+    cases += [Case(90, h, 64, cache="fp8e4nv") for h in (80, 96)]
+    cases += [Case(90, 128, 64, q="fp16", cache="fp8e4nv")]
+    cases += [Case(90, 128, 427, group=7, cache="fp8e4nv")]
+    cases += [Case(90, 128, 64, cache="fp8e4nv", block_size=48)]
+    cases += [Case(arch, 128, 64, cache="fp8e5") for arch in (80, 90)]
     return cases
 
 
@@ -91,10 +100,10 @@ def compile_attention(case: Case) -> tuple[dict, LaunchConfig]:
         "GROUP": case.group,
         "HEAD_SIZE": case.head_size,
         "BLOCK_D": power_of_two(case.head_size),
-        "BLOCK_SIZE": 16,
+        "BLOCK_SIZE": case.block_size,
         "BLOCK_M": config.block_m,
         "TILE": config.tile,
-        "REQUESTS": 64,
+        "REQUESTS": case.requests,
         "SPLIT": case.split,
         "HAS_TREE": case.tree,
         "STAGES": config.num_stages,

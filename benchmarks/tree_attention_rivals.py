@@ -1,19 +1,21 @@
 """What a user could take instead of our kernel, called on a `Problem` in the way that suits each.
 
 Masks, plans and dense copies of the paged cache are made beforehand and are not timed, which
-favours the alternatives: an engine would have to make them in every step.
+favours the alternatives: an engine would have to make them in every step. Results are views where
+they can be, so that no copy is timed either.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import kernels_path  # noqa: F401
 import torch
 from torch import Tensor
 from tree_attention_problem import BLOCK_SIZE, Problem
 
 from vllm_msd.kernels import TreeAttentionWorkspace, tree_attention
 
-Call = Callable[[], Tensor]  # computes [rows, heads, head_size]
+Call = Callable[[], Tensor]  # computes [rows, heads, head_size], or a view that reshapes to it
 
 
 class Rival(NamedTuple):
@@ -75,7 +77,10 @@ def vllm_unified(problem: Problem) -> list[Call]:
 
 
 def flex_attention(problem: Problem) -> list[Call]:
-    """PyTorch's FlexAttention, compiled, on dense keys and values, its block mask made before."""
+    """PyTorch's FlexAttention, compiled, on dense keys and values, its block mask made before.
+
+    On a CPU it runs as it is: there only the result counts.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -87,15 +92,18 @@ def flex_attention(problem: Problem) -> list[Call]:
 
     length = case.context + case.queries
     mask = create_block_mask(sees, None, None, case.queries, length, device=problem.q.device)
-    compiled = torch.compile(flex, dynamic=False)
+    if problem.q.is_cuda:
+        # Every case is a variant of its own; after eight of them PyTorch would stop compiling.
+        torch.compiler.reset()
+        flex = torch.compile(flex, dynamic=False)
     q = _by_request(problem).transpose(1, 2)
 
     def call(copy: int) -> Call:
         k, v = (x.transpose(1, 2) for x in problem.dense(copy))
 
         def run() -> Tensor:
-            out = compiled(q, k, v, block_mask=mask, scale=problem.scale, enable_gqa=True)
-            return out.transpose(1, 2).flatten(0, 1)
+            out = flex(q, k, v, block_mask=mask, scale=problem.scale, enable_gqa=True)
+            return out.transpose(1, 2)
 
         return run
 
@@ -103,18 +111,24 @@ def flex_attention(problem: Problem) -> list[Call]:
 
 
 def sdpa(problem: Problem) -> list[Call]:
-    """``scaled_dot_product_attention`` with a mask on dense keys and values."""
-    mask, q = problem.visible()[None, None], _by_request(problem).transpose(1, 2)
-    shared = problem.case.shape.heads != problem.case.shape.kv_heads
+    """``scaled_dot_product_attention`` with a mask on dense keys and values.
+
+    The heads of a group become rows, because the kernels that take a mask know no groups.
+    """
+    shape = problem.case.shape
+    group = shape.heads // shape.kv_heads
+    mask = problem.visible().repeat(group, 1)[None, None]
+    q = _by_request(problem).unflatten(2, (shape.kv_heads, group)).permute(0, 2, 3, 1, 4)
+    q = q.flatten(2, 3)  # [batch, kv_heads, group * queries, head_size]
 
     def call(copy: int) -> Call:
         k, v = (x.transpose(1, 2) for x in problem.dense(copy))
 
         def run() -> Tensor:
             out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=problem.scale, enable_gqa=shared
+                q, k, v, attn_mask=mask, scale=problem.scale
             )
-            return out.transpose(1, 2).flatten(0, 1)
+            return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)
 
         return run
 
@@ -147,13 +161,22 @@ def flashinfer(problem: Problem) -> list[Call]:
 
 
 def _meta_tree_attention(problem: Problem, package: str) -> list[Call]:
-    """Tree attention of xformers, also in mslk: a part for the context and one for the tree."""
+    """Tree attention of xformers up to 0.0.35, later in mslk (on PyPI: mslk-cuda).
+
+    A part for the context, one for the tree, and a merge. The part for the tree is Triton's split-K
+    kernel; for the context mslk chooses between that and FlashAttention.
+    """
+    options = {}
     if package == "mslk":
         from mslk.attention.fmha.attn_bias import BlockDiagonalPaddedKeysMask as Mask
         from mslk.attention.fmha.tree_attention import tree_attention as attend
     else:
         from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask as Mask
+        from xformers.ops.fmha.triton_splitk import FwOp
         from xformers.ops.tree_attention import tree_attention as attend
+
+        # 0.0.35 cannot choose: it gives isinstance() a list, which raises TypeError.
+        options["prefix_op"] = FwOp
 
     case, shape = problem.case, problem.case.shape
     if not case.context:
@@ -179,8 +202,7 @@ def _meta_tree_attention(problem: Problem, package: str) -> list[Call]:
         cache_k, tree_k, cache_v, tree_v = parts
 
         def run() -> Tensor:
-            out = attend(q, tree_k, tree_v, cache_k, cache_v, bias, before)
-            return out.reshape(problem.q.shape)
+            return attend(q, tree_k, tree_v, cache_k, cache_v, bias, before, **options)
 
         return run
 

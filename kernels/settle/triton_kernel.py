@@ -44,7 +44,8 @@ def settle_kernel(
     column = chunk * COLUMNS + tl.arange(0, COLUMNS)
     in_row = column < num_columns
     offset = tl.multiple_of(tl.load(offsets_ptr + cache), ALIGN)
-    columns_ptr = words_ptr + offset + (column // WIDTH) * stride_head + column % WIDTH
+    head_offset = (column // WIDTH).to(tl.int64) * stride_head
+    columns_ptr = words_ptr + offset + head_offset + column % WIDTH
     for i in range(1, length):
         node = tl.load(nodes_ptr + i).to(tl.int32)
         if node != i:
@@ -52,7 +53,9 @@ def settle_kernel(
             target = root + i
             source_block = tl.load(table_ptr + source // BLOCK_SIZE).to(tl.int64)
             target_block = tl.load(table_ptr + target // BLOCK_SIZE).to(tl.int64)
-            source_row = source_block * stride_block + (source % BLOCK_SIZE) * stride_slot
-            target_row = target_block * stride_block + (target % BLOCK_SIZE) * stride_slot
+            source_slot = (source % BLOCK_SIZE).to(tl.int64)
+            target_slot = (target % BLOCK_SIZE).to(tl.int64)
+            source_row = source_block * stride_block + source_slot * stride_slot
+            target_row = target_block * stride_block + target_slot * stride_slot
             row = tl.load(columns_ptr + source_row, mask=in_row)
             tl.store(columns_ptr + target_row, row, mask=in_row)

@@ -179,6 +179,11 @@ def tree_attention_kernel(
         tree_start = tl.where(tree_start < 0, seq_len, tree_start)
         seen_by_all = tl.minimum(seen_by_all, tree_start)
         row_bits = tl.load(ancestors_ptr + token, mask=is_row, other=0)
+        # Bits of nodes behind the row's own, and all bits of a row before the tree, decide nothing
+        # for that row; in the union below they would have unwritten slots read.
+        own = context + row - tree_start
+        reach = (tl.full([BLOCK_M], 2, tl.int64) << tl.minimum(tl.maximum(own, 0), 63)) - 1
+        row_bits = tl.where(own < 0, 0, row_bits & reach)
         bits_low = row_bits.to(tl.int32)
         bits_high = (row_bits >> 32).to(tl.int32)
         any_low = tl.reduce(bits_low, 0, _bit_or)

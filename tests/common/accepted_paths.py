@@ -10,6 +10,7 @@ from tests.common.tree_batches import chain, random_tree, star
 LAYOUTS = {  # physical order of layer, block, head, slot, content
     "layer, block, head, slot": (0, 1, 2, 3, 4),
     "layer, block, slot, head": (0, 1, 3, 2, 4),
+    "layer, head, block, slot": (0, 2, 1, 3, 4),
     "block, layer, head, slot": (1, 0, 2, 3, 4),
 }
 

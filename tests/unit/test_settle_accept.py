@@ -26,6 +26,7 @@ from tests.common.accepted_paths import (
     random_forest,
     random_path,
 )
+from tests.common.launches import NoOperation
 from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
 from vllm_msd.tree import DraftTree
 from vllm_msd.tree import accept as accept_by_tensors
@@ -98,6 +99,19 @@ def test_settle_short_paths(path, nodes):
     settle(LayerCaches.of([cache]), table, torch.tensor([6], dtype=torch.int32), padded)
     rows[6 : 6 + len(path)] = rows[[6 + node for node in path]]
     assert torch.equal(cache.view(20, 2), rows)
+
+
+def test_settle_beyond_32_bit_offsets():
+    """Three heads 2^30 words apart, heads outside of blocks; untouched memory costs nothing."""
+    apart, width = 2**30 + 6, 3
+    flat = torch.empty(2 * apart + 8 * width, dtype=torch.uint8)
+    cache = flat.as_strided((2, 4, 3, width), (4 * width, width, apart, 1))
+    cache.copy_(torch.arange(72).view(2, 4, 3, width))
+    expected = cache.clone()
+    expected[0, 3], expected[1, 0] = cache[1, 1], cache[1, 3]
+    start, nodes = torch.tensor([2], dtype=torch.int32), torch.tensor([[0, 3, 5]])
+    settle(LayerCaches.of([cache]), torch.arange(2, dtype=torch.int32)[None], start, nodes)
+    assert torch.equal(cache, expected)
 
 
 def test_separate_key_and_value_caches_are_two_caches():
@@ -221,7 +235,10 @@ def test_the_launches_read_no_tensor(monkeypatch):
     caches = LayerCaches((cache, cache), cache.view(torch.int64), offsets, 2)
     table = torch.zeros(3, 9, dtype=torch.int32, device="meta")
     nodes = torch.zeros(3, 64, dtype=torch.int64, device="meta")
-    settle(caches, table, table[:, 0].contiguous(), nodes)
+    starts = table[:, 0].contiguous()
     rows = torch.zeros(100, dtype=torch.int64, device="meta")
-    accept(rows, rows, nodes, rows[:4])
+    row_start, out = rows[:4], AcceptedPaths.allocate(3, 64, torch.device("meta"))
+    with NoOperation():
+        settle(caches, table, starts, nodes)
+        accept(rows, rows, nodes, row_start, out=out)
     assert grids == [(4, 2, 3), (3,)]

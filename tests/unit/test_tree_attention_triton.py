@@ -2,9 +2,10 @@
 
 What could go wrong in a kernel and not in its definition: rows and keys that straddle tiles, blocks
 and splits, rows of no token, empty splits, the boundary between tiles with and without a mask, the
-sign bit, a mask read past its 64 bits, unwritten slots, host reads. The tiles are small here so
-that short contexts have all of these. Float32 results differ from the oracle by rounding of sums
-only (1e-5); for half types the bound is the rounding of the weights and of the result.
+sign bit, a mask read past its 64 bits, unwritten slots, offsets beyond 32 bits, host reads. The
+tiles are small here so that short contexts have all of these. Float32 results differ from the
+oracle by rounding of sums only (1e-5); for half types the bound is the rounding of the weights and
+of the result.
 
 The interpreter must be on before Triton is imported, so this file runs itself in a process of its
 own. Not covered: what compiled code computes; ``test_they_compile_for_gpus`` only builds it.
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.common.launches import NoOperation
 from tests.common.tree_batches import (
     EAGLE_25,
     MEDUSA_63,
@@ -51,6 +53,7 @@ MIXED = [
     Request(18, TREE, queries=4),  # a draft level: only the newest nodes ask
     Request(33, TREE, queries=12),  # the rest of a prompt in front of a tree
     Request(20, queries=0),  # nothing asked
+    Request(0, queries=0),  # a request that pads a CUDA graph's batch
     Request(0, TREE),
 ]
 
@@ -110,11 +113,17 @@ def test_published_trees(paths, splits):
 
 
 @interpreted
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("block_size", [16, 48])
-def test_mixed_batch(splits, block_size):
+@pytest.mark.parametrize(("block_size", "splits"), [(16, 1), (48, 3), (128, 1), (5, 3)])
+def test_mixed_batch(block_size, splits):
     batch = make_batch(MIXED, block_size=block_size, padding=3)
     assert_matches_paths(batch, num_splits=splits)
+
+
+@interpreted
+def test_more_splits_than_tiles():
+    """Most parts see nothing; one of them begins behind the tree's last visible key."""
+    batch = make_batch([Request(20, TREE), Request(2)], heads=1)
+    assert_matches_paths(batch, num_splits=32)
 
 
 @interpreted
@@ -167,6 +176,23 @@ def test_float8_cache(cache_dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float8_cache_under_half_queries(dtype):
+    """As served: head size 80 is padded, the scales are not powers of two."""
+    batch = make_batch(
+        [Request(40, TREE), Request(9)], head_size=80, dtype=dtype, cache_dtype=torch.float8_e4m3fn
+    )
+    scales = {"k_scale": torch.tensor([0.7]), "v_scale": torch.tensor([1.9])}
+    result = tree_attention(*batch.args, **scales, config=SMALL, num_splits=2).float()
+    wide = [batch.args[0].float(), *batch.args[1:]]
+    exact = tree_attention_eager(*wide, **scales)
+    wide[2] = wide[2].float().abs()
+    sizes = tree_attention_eager(*wide, **scales)
+    bound = torch.finfo(dtype).eps / 2 * (sizes + exact.abs()) + 1e-5
+    assert 0.05 < ((result - exact).abs() / bound).max() <= 1.0
+
+
+@interpreted
 def test_no_tree_is_causal():
     batch = make_batch([Request(30, queries=12), Request(9)])
     result = tree_attention(*batch.args[:6], None, None, batch.args[-1], config=SMALL)
@@ -193,6 +219,48 @@ def test_a_slot_nobody_sees_may_hold_nan():
         cache[table[0, 0], 4 + 2] = float("nan")
     result = tree_attention(*batch.args, config=SMALL)
     torch.testing.assert_close(result, tree_attention_eager(*batch.args), rtol=0, atol=1e-5)
+
+
+@interpreted
+def test_masks_of_rows_before_the_tree_mean_nothing():
+    """They may hold anything, a bit of a pruned node included, whose slot was never written."""
+    batch = make_batch([Request(20, TREE, queries=12)], heads=1)
+    masks, table = batch.args[7], batch.args[3]
+    masks[:5] = -1  # five rows of the prompt, then the tree
+    masks[5:] &= ~(1 << 6)
+    masks[11] = 1
+    for cache in batch.args[1:3]:
+        cache[table[0, 26 // 16], 26 % 16] = float("nan")  # node 6
+    result = tree_attention(*batch.args, config=SMALL)
+    assert result.isfinite().all()
+    torch.testing.assert_close(result, tree_attention_eager(*batch.args), rtol=0, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["blocks far out", "heads outside of blocks"])
+def test_caches_beyond_32_bit_offsets(layout):
+    """Offsets past 2^31, the second of vLLM's layout LHBNC; untouched memory costs nothing."""
+    batch = make_batch([Request(40, TREE)], heads=3, kv_heads=3, cache_dtype=torch.float8_e5m2)
+    small = batch.args[1]
+    blocks, block_size, kv_heads, head_size = small.shape
+    rows = block_size * head_size
+    if layout == "blocks far out":
+        first = 2**31 // (kv_heads * rows) + 3
+        strides = (kv_heads * rows, kv_heads * head_size, head_size, 1)
+        size = (first + blocks) * kv_heads * rows
+    else:  # twice the distance of two heads does not fit 32 bits, the distance does
+        first, apart = 0, (2**30 // rows + 3) * rows
+        strides = (rows, head_size, apart, 1)
+        size = (kv_heads - 1) * apart + blocks * rows
+    caches = []
+    for cache in batch.args[1:3]:
+        flat = torch.empty(size, dtype=torch.uint8).view(cache.dtype)
+        caches.append(flat.as_strided((first + blocks, *cache.shape[1:]), strides))
+        caches[-1][first:] = cache
+    args = (batch.args[0], *caches, batch.args[3] + first, *batch.args[4:])
+    for splits in (1, 2):
+        result = tree_attention(*args, config=SMALL, num_splits=splits)
+        torch.testing.assert_close(result, tree_attention_eager(*batch.args), rtol=0, atol=1e-5)
 
 
 @interpreted
@@ -248,6 +316,12 @@ def test_the_launch_reads_no_tensor(monkeypatch):
     (blocks, kv_heads, splits), merge = grids
     assert (blocks, kv_heads) == (tokens // 32 + len(MIXED), 2)
     assert splits > 1 and merge == (tokens, 4)
+
+    out, head_size = torch.empty_like(args[0]), args[0].shape[2]
+    workspace = TreeAttentionWorkspace.allocate(tokens, 4, head_size, splits, device="meta")
+    with NoOperation():
+        tree_attention(*args, out=out, workspace=workspace, max_query_len=30, max_seq_len=4096)
+    assert len(grids) == 4, "the split launch once more"
 
     monkeypatch.setattr(launch, "_device", lambda device: (108, (8, 0)))
     args[1], args[2] = (cache.to(torch.float8_e4m3fn) for cache in args[1:3])
