@@ -61,9 +61,10 @@ def tree_attention(
     Args:
         q: [T, num_heads, head_size] fp16, bf16 or fp32; queries of all requests one after another.
             Head size 64, 80, 96, 128 or 256; the last dimension contiguous, here and below.
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_size], any strides; the dtype
-            of q, or float8 (e4m3fn, e5m2). vLLM's packed cache [num_blocks, num_kv_heads,
-            block_size, 2 * head_size] fits as ``kv.transpose(1, 2).split(head_size, dim=-1)``.
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_size], any strides (one head's
+            slots of a block within 2^31 elements); the dtype of q, or float8 (e4m3fn, e5m2). vLLM's
+            packed cache [num_blocks, num_kv_heads, block_size, 2 * head_size] fits as
+            ``kv.transpose(1, 2).split(head_size, dim=-1)``.
         block_table: [R, max_blocks] int32; position x of request r lies in cache block
             ``block_table[r, x // block_size]``, slot ``x % block_size``.
         seq_lens: [R] int32, cached positions, the queries included.

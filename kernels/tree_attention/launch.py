@@ -18,8 +18,8 @@ def power_of_two(n: int) -> int:
 
 
 def _round_requests(n: int) -> int:
-    """16, 64, 256, ...: few values, because each is a variant of the kernel to compile."""
-    padded = 16
+    """64, 256, 1024, ...: few values, because each is a variant of the kernel to compile."""
+    padded = 64
     while padded < n:
         padded *= 4
     return padded
