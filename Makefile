@@ -1,6 +1,7 @@
 # Everything sets itself up: a virtual environment, vLLM, this package. Later calls start at once.
 #   make demo                 the trained demo pair with and without MSD; writes demo/report.html
 #   make test                 all tests; TESTS=tests/unit for some of them
+#   make soak                 the tests' long forms: hours; SOAK_ARGS=--resume goes on with a run
 #   make lint                 ruff
 #   make check-033            the plugin and its tests against vLLM 0.33
 #   DEVICE=gpu make demo      with vLLM's own wheels, on a machine with an accelerator
@@ -10,18 +11,22 @@ DEVICE ?= cpu
 VENV ?= .venv
 TESTS ?= tests
 DEMO_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(DEVICE)
 VLLM_033_TESTS ?= tests/vllm
 
-.PHONY: demo test lint check-033 setup clean
+.PHONY: demo test soak lint check-033 setup clean
 
 demo: $(READY)
 	$(BIN)/vllm-msd demo run $(DEMO_ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(TESTS) --durations=10
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

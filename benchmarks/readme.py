@@ -238,12 +238,75 @@ def training(name: str, result: dict[str, Any]) -> str:
     )
 
 
+def soak(name: str, result: dict[str, Any]) -> str:
+    """The long runs with draft trees: identity, distribution, soak."""
+    workloads, chi_square = [], {}
+    for part, report in result.items():
+        runner = report["runner"].upper()
+        for trial in report.get("trials", []):
+            draws, smallest = chi_square.get(key := _trial_key(runner, trial), (0, 1.0))
+            smallest = min([smallest, *(position["p"] for position in trial["positions"])])
+            chi_square[key] = draws + trial["draws"], smallest
+        if "requests" in report:
+            notes = [_SOAK_KINDS[report["kind"]]]
+            notes += ["async scheduling"] * (report.get("scheduler") == "AsyncScheduler")
+            notes += ["all sampled with seeds"] * part.startswith("seeded")
+            notes += ["16 at a time, two engines"] * (part == "soak")
+            requests, wrong = report["requests"], len(report["mismatches"])
+            counts = ("aborted", "preemptions", "accepted", "rejected", "other_children")
+            workloads.append(
+                (
+                    runner,
+                    ", ".join(notes),
+                    f"{requests - wrong} of {requests}",
+                    *(int(report[count]) for count in counts),
+                )
+            )
+    parts = ["### Draft trees, long runs"]
+    if workloads:
+        head = ["model runner", "requests", "same token ids", "aborted", "preemptions"]
+        head += ["nodes accepted", "rejected", "accepted off the first child"]
+        parts += [
+            "Random mixed workloads on constructed pairs with and without trees, fp32 (of an "
+            "aborted request, what both saw is compared):",
+            table(head, workloads),
+        ]
+    if chi_square:
+        rows = [(*key, draws, f"{p:.2g}") for key, (draws, p) in chi_square.items()]
+        parts += [
+            "Chi-square tests of sampled tokens as above, with trees, the smallest p-value over "
+            "prompts and positions:",
+            table(["model runner", "rule", "setting", "draws", "smallest p"], rows),
+        ]
+    if long := result.get("soak"):
+        curve = long["curve"]
+        parts.append(
+            f"Over the {long['requests']} requests of the soak the process's memory grew by "
+            f"{long['memory_growth_mib']} MiB of {curve['memory_mib'][-1]:.0f} between the second "
+            f"quarter and the last (medians); at the end {long['used_blocks']} cache blocks were "
+            f"in use. `{Path(name).with_suffix('.png').as_posix()}` draws both."
+        )
+    newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
+    return "\n\n".join([*parts, _source(name, newest)])
+
+
+_SOAK_KINDS = {"llava": "LLaVA", "qwen2_vl": "Qwen2-VL (M-RoPE)"}
+
+
+def _trial_key(runner: str, trial: dict[str, Any]) -> tuple[str, str, str]:
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    cuts = [f"{k.replace('_', '-')} {trial[k]}" for k, v in neutral.items() if trial[k] != v]
+    rule = "MSD" if trial["wrong_rule"] == "none" else f"wrong: {trial['wrong_rule']}"
+    return runner, rule, ", ".join([f"temperature {trial['temperature']}", *cuts])
+
+
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "benchmarks/results/demo.json": demo,
     "benchmarks/results/trees.json": trees,
     "benchmarks/results/visual_branch.json": visual_branch,
     "vllm_msd/demo/pair/evaluation.json": evaluation,  # written when the pair is built
     "benchmarks/results/lossless.json": lossless,
+    "benchmarks/results/soak.json": soak,
 }
 
 

@@ -2,8 +2,8 @@
 
 The law is the target model alone, evaluated by Hugging Face (no vLLM code takes part): for every
 sequence that was drawn, the probability of each token given the prompt and the tokens before it,
-after temperature and top-p. The statistic compares drawn and expected counts prefix by prefix, so a
-sampler that is right on average and wrong after some prefix is found too.
+after temperature, min-p, top-k and top-p. The statistic compares drawn and expected counts prefix
+by prefix, so a sampler that is right on average and wrong after some prefix is found too.
 
 Not covered: independence between the sequences of one sample.
 """
@@ -17,27 +17,38 @@ import torch
 MIN_EXPECTED = 5.0  # cells expected to hold fewer draws than this are pooled
 
 
-def warp(logits: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
-    """Probabilities after temperature and top-p.
+def warp(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    """Probabilities after temperature, min-p, top-k and top-p, in vLLM's order.
 
-    The smallest set of most likely tokens whose mass reaches ``top_p`` is kept (Holtzman et al.,
-    2020), which is what vLLM keeps: a token goes when the mass of the more likely ones has reached
-    ``top_p`` already.
+    Min-p keeps the tokens that have at least ``min_p`` times the best one's probability (Nguyen et
+    al., 2024), top-k the ``top_k`` best of them. Top-p looks at what is left, with a sum of 1, and
+    keeps the smallest set of most likely tokens whose mass reaches ``top_p`` (Holtzman et al.,
+    2020): a token goes when the mass of the more likely ones has reached ``top_p`` already.
 
     Args:
         logits: ``[..., V]`` raw logits, any float type.
         temperature: above 0.
         top_p: in (0, 1].
+        top_k: 0 for all tokens.
+        min_p: in [0, 1).
 
     Returns:
         ``[..., V]`` float64, rows summing to 1.
     """
     probs = torch.softmax(logits.double() / temperature, dim=-1)
-    if top_p >= 1.0:
-        return probs
     ordered, order = probs.sort(dim=-1, descending=True)
+    ordered = torch.where(ordered >= min_p * ordered[..., :1], ordered, 0.0)
+    if top_k:
+        ordered[..., top_k:] = 0.0
+    ordered = ordered / ordered.sum(-1, keepdim=True)
     mass_before = ordered.cumsum(-1) - ordered
-    kept = torch.where(mass_before < top_p, ordered, 0.0)
+    kept = torch.where(mass_before < top_p, ordered, 0.0) if top_p < 1.0 else ordered
     probs = torch.zeros_like(probs).scatter(-1, order, kept)
     return probs / probs.sum(-1, keepdim=True)
 

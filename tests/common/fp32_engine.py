@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 
 def open_engine(
@@ -66,6 +67,29 @@ def running_engine(*args: Any, **options: Any) -> Iterator[Any]:
         engine.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
         os.sched_setaffinity(0, cores)  # the engine bound this process to some of them
+
+
+@contextmanager
+def forced_async_scheduling() -> Iterator[None]:
+    """Engines opened inside schedule asynchronously, which vLLM turns off on CPUs.
+
+    Each step is scheduled before the output of the one before it is known, drafts included.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    check_and_update = CpuPlatform.check_and_update_config
+
+    def switch_on(vllm_config: Any) -> None:
+        check_and_update(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(switch_on)):
+        yield
+
+
+def scheduler_of(engine: Any) -> Any:
+    """The scheduler of an in-process engine."""
+    return engine.llm_engine.engine_core.engine_core.scheduler
 
 
 def runner_of(engine: Any) -> str:

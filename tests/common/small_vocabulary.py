@@ -130,8 +130,8 @@ class ExactTarget:
         return torch.cat([first, rest.logits], dim=1)
 
     def law(
-        self, prompt: Prompt, draws: list[tuple[int, ...]], temperature: float, top_p: float
+        self, prompt: Prompt, draws: list[tuple[int, ...]], setting: dict[str, Any]
     ) -> SequenceLaw:
-        """The law along ``draws`` (all of one length) after temperature and top-p."""
+        """The law along ``draws`` (all of one length) after `warp` with these settings."""
         prefixes = sorted({draw[:-1] for draw in draws})
-        return SequenceLaw(prefixes, warp(self.logits(prompt, prefixes), temperature, top_p))
+        return SequenceLaw(prefixes, warp(self.logits(prompt, prefixes), **setting))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from tests.common import workload
@@ -22,7 +23,14 @@ from tests.common.chain_identity import (
     greedy,
     require_runner,
 )
-from tests.common.fp32_engine import acceptance, counted, open_engine, running_engine
+from tests.common.fp32_engine import (
+    acceptance,
+    counted,
+    forced_async_scheduling,
+    open_engine,
+    running_engine,
+    scheduler_of,
+)
 from tests.common.sampling import use_torch_top_p
 from tests.common.tree_mutations import mutated, watched_acceptance
 
@@ -183,21 +191,45 @@ def random_identity(
     seed: int,
     longest: int,
     concurrency: int = 10,
+    sampled: bool = False,
+    async_scheduling: bool = False,
+    show_progress: bool = False,
 ) -> dict[str, Any]:
-    """A random workload without speculation and with trees: the requests whose answers differ."""
+    """A random workload without speculation and with trees: the requests whose answers differ.
+
+    Args:
+        runner, kind, target, draft: as for `tree_identity`.
+        requests, seed, longest: of `workload.random_requests`.
+        concurrency: requests inside the engine at a time.
+        sampled: `workload.sampled_requests` instead.
+        async_scheduling: force it on where trees are drafted.
+        show_progress: draw a bar on standard error.
+    """
     started = time.perf_counter()
-    asked = workload.random_requests(requests, seed, longest, seeded=runner == "v2")
-    with running_engine(target, None, **engine_options(kind)) as plain:
-        require_runner(plain, runner)
-        expected = workload.serve(plain, kind, asked, concurrency, seed)
+    if runner == "v2":
+        use_torch_top_p()
+    if sampled:
+        asked = workload.sampled_requests(requests, seed, longest)
+    else:
+        asked = workload.random_requests(requests, seed, longest, seeded=runner == "v2")
     with (
+        running_engine(target, None, **engine_options(kind)) as plain,
+        workload.progress_bar("no speculation", requests, show_progress) as on_step,
+    ):
+        require_runner(plain, runner)
+        expected = workload.serve(plain, kind, asked, concurrency, seed, on_step)
+    with (
+        forced_async_scheduling() if async_scheduling else nullcontext(),
         running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **engine_options(kind)) as engine,
         watched_acceptance(runner) as seen,
+        workload.progress_bar("trees", requests, show_progress) as on_step,
     ):
         require_runner(engine, runner)
-        got = workload.serve(engine, kind, asked, concurrency, seed)
+        got = workload.serve(engine, kind, asked, concurrency, seed, on_step)
         return {
             "runner": runner,
+            "kind": kind,
+            "scheduler": type(scheduler_of(engine)).__name__,
             "requests": requests,
             "aborted": sum(answer.aborted for answer in got.values()),
             "images": sum(len(request.images) for request in asked),
@@ -208,4 +240,5 @@ def random_identity(
             **counted(acceptance(engine)),
             **seen.report(),
             "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(time.process_time(), 1),
         }

@@ -25,12 +25,18 @@ JOBS = {
     "greedy": "tests.common.lossless:greedy_identity",
     "random": "tests.common.tree_identity:random_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
+    "soak": "tests.common.soak:soak",
     "tree": "tests.common.tree_identity:tree_identity",
 }
 
 
-def run_worker(job: str, runner: str, timeout: float = 900, **arguments: Any) -> dict[str, Any]:
+def run_worker(
+    job: str, runner: str, timeout: float = 900, show_errors: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """Run a job of ``JOBS`` in a fresh process under the given model runner; returns its report.
+
+    ``show_errors`` lets its standard error through as it comes, with the progress bars of long
+    jobs.
 
     Raises:
         RuntimeError: the process failed; the message ends with what it printed last.
@@ -43,7 +49,7 @@ def run_worker(job: str, runner: str, timeout: float = 900, **arguments: Any) ->
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR" if show_errors else "WARNING",
         "HF_HUB_OFFLINE": "1",
         # One thread each, bound to no core: vLLM would bind every process to the same one, and
         # each tensor parallel rank to a NUMA node of its own.
@@ -62,7 +68,7 @@ def run_worker(job: str, runner: str, timeout: float = 900, **arguments: Any) ->
             cwd=REPOSITORY,
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=None if show_errors else subprocess.STDOUT,
             text=True,
             timeout=timeout,
             check=False,

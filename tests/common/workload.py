@@ -9,13 +9,16 @@ two verifications. Whatever is asked, the answers must not depend on speculation
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import count as counter
 from typing import Any
 
 from tests.common import tiny
+from tests.common.fp32_engine import scheduler_of
 
 PREFIXES = (
     "",
@@ -133,6 +136,25 @@ def random_requests(
     return requests
 
 
+def sampled_requests(count: int, seed: int, longest: int = 60) -> list[Request]:
+    """As `random_requests`, but each is sampled with a seed of its own and none is aborted."""
+    rng = random.Random(seed + 1)
+    warps = ({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"top_p": 0.95, "top_k": 40})
+    return [
+        replace(
+            request,
+            settings={
+                "max_tokens": request.settings["max_tokens"],
+                "temperature": rng.choice((0.7, 1.0, 1.5)),
+                "seed": rng.randrange(10**6),
+                **rng.choice(warps),
+            },
+            structured=None,
+        )
+        for request in random_requests(count, seed, longest, abort=0.0)
+    ]
+
+
 @dataclass(frozen=True)
 class Answer:
     """Token ids and the reason of the end of each sample; what was out before an abort."""
@@ -193,6 +215,17 @@ def serve(
             on_step(answers)
 
 
+@contextmanager
+def progress_bar(
+    label: str, total: int, shown: bool
+) -> Iterator[Callable[[dict[str, Answer]], None]]:
+    """An ``on_step`` for `serve` that moves a bar on standard error, if it is to be shown."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, mininterval=10, disable=not shown, file=sys.stderr) as bar:
+        yield lambda answers: bar.update(len(answers) - bar.n)
+
+
 def mismatches(
     requests: Sequence[Request], expected: dict[str, Answer], got: dict[str, Answer]
 ) -> list[dict[str, Any]]:
@@ -221,6 +254,5 @@ def mismatches(
 
 def used_blocks(engine: Any) -> int:
     """KV cache blocks that some request holds; 0 once all have gone."""
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    pool = scheduler.kv_cache_manager.block_pool
+    pool = scheduler_of(engine).kv_cache_manager.block_pool
     return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one block is never given out

@@ -1,16 +1,21 @@
-"""Wrong acceptance rules, patched into vLLM as negative controls of the losslessness tests.
+"""Wrong acceptance rules, patched in as negative controls of the losslessness tests.
 
-All of them are mistakes one can really make. Model Runner V1 verifies in Python around C++ kernels,
-Model Runner V2 inside Triton kernels, so only the first rule exists for both.
+All of them are mistakes one can really make. With chains, Model Runner V1 verifies in Python around
+C++ kernels, Model Runner V2 inside Triton kernels, so only the first rule exists for both. With
+trees the rule is this package's.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 import torch
+
+from tests.common.tree_mutations import ACCEPT, mutated, patched
 
 
 @contextmanager
@@ -83,7 +88,94 @@ def _recover(runner: str, choose: Callable[[torch.Tensor], torch.Tensor]) -> Ite
         yield
 
 
+@contextmanager
+def accept_first_child(runner: str) -> Iterator[None]:
+    """The draft's likeliest path down the tree is output, whatever the target draws there."""
+
+    def wrong_v1(original: Any) -> Any:
+        def accept(tree: Any, drawn: torch.Tensor, num_nodes: torch.Tensor) -> Any:
+            return original(tree, _first_children(tree.tokens, tree.parents, drawn), num_nodes)
+
+        return accept
+
+    def wrong_v2(original: Any) -> Any:
+        def accept(
+            drawn: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, start: torch.Tensor
+        ) -> Any:
+            wrong = drawn.clone()
+            for up, (begin, end) in zip(parents, pairwise(start.tolist()), strict=True):
+                nodes, up = slice(begin, end), up[None, : end - begin].long()
+                children = tokens[None, nodes].to(drawn.dtype)
+                wrong[nodes] = _first_children(children, up, drawn[None, nodes])[0]
+            return original(wrong, tokens, parents, start)
+
+        return accept
+
+    with patched(ACCEPT[runner], {"v1": wrong_v1, "v2": wrong_v2}[runner]):
+        yield
+
+
+def _first_children(
+    tokens: torch.Tensor, parents: torch.Tensor, drawn: torch.Tensor
+) -> torch.Tensor:
+    """``drawn`` with the first child's token wherever there is a child; all ``[R, T]``."""
+    node = torch.arange(tokens.shape[1])
+    is_child = (parents[:, None, :] == node[:, None]) & (tokens[:, None, :] >= 0)  # [R, T, T]
+    first = tokens.gather(1, is_child.int().argmax(-1))
+    return torch.where(is_child.any(-1), first, drawn)
+
+
+@contextmanager
+def redraw_among_all(runner: str) -> Iterator[None]:
+    """A drawn token that is no child counts as a rejection, and another one is drawn in its place.
+
+    The mistake of `redraw_without_residual` with trees: children get a second chance.
+    """
+    if runner != "v1":
+        raise ValueError(f"this rule exists for model runner v1, got {runner}")
+    from vllm.v1.sample.sampler import Sampler
+
+    sample = Sampler.sample
+    again: list[torch.Tensor] = []
+
+    def sample_twice(self: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        again[:] = [sample(self, logits.clone(), *args, **kwargs)[0].long()]
+        return sample(self, logits, *args, **kwargs)
+
+    def wrong(original: Any) -> Any:
+        def accept(tree: Any, drawn: torch.Tensor, num_nodes: torch.Tensor) -> Any:
+            node = torch.arange(tree.num_nodes)
+            is_node = node < num_nodes[:, None]
+            second = torch.zeros_like(drawn).masked_scatter_(is_node, again[0])
+            is_child = (tree.parents[:, None, :] == node[:, None]) & is_node[:, None, :]
+            right = original(tree, drawn, num_nodes)
+            last = right.nodes.gather(1, right.lengths[:, None])
+            is_rejected = is_child.any(-1).gather(1, last)
+            redrawn = torch.where(is_rejected, second.gather(1, last), drawn.gather(1, last))
+            return replace(
+                right,
+                tokens=right.tokens.scatter(1, right.lengths[:, None], redrawn),
+                next_tokens=redrawn[:, 0],
+            )
+
+        return accept
+
+    with mock.patch.object(Sampler, "sample", sample_twice), patched(ACCEPT[runner], wrong):
+        yield
+
+
+@contextmanager
+def tokens_in_row_order(runner: str) -> Iterator[None]:
+    """The right path is accepted, but the tokens drawn at the first nodes are output."""
+    with mutated(runner, "acceptance"):
+        yield
+
+
 WRONG_RULES = {
     "v1": (accept_every_draft, redraw_without_residual, redraw_best),
     "v2": (accept_every_draft,),
+}
+WRONG_TREE_RULES = {
+    "v1": (accept_first_child, redraw_among_all, tokens_in_row_order),
+    "v2": (accept_first_child, tokens_in_row_order),
 }

@@ -82,6 +82,30 @@ def test_section_of_trees():
     assert "| target | 80.00 |" in text and "12.5% of it" in text
 
 
+def test_section_of_long_runs():
+    origin = {"date": "2026-01-01", "machine": {"cores": 2}, "versions": {"vllm": "0.32.0"}}
+    counts = {"aborted": 5, "preemptions": 9.0, "accepted": 70, "rejected": 60, "other_children": 8}
+    run = {"provenance": origin, "kind": "llava", "requests": 40, "used_blocks": 0, **counts}
+    trial = {"wrong_rule": "none", "temperature": 0.7, "top_p": 1.0, "top_k": 6, "min_p": 0.0}
+    trials = [{**trial, "draws": 100, "positions": [{"p": 0.5}, {"p": p}]} for p in (0.125, 0.25)]
+    text = results.soak(
+        "results/soak.json",
+        {
+            "identity-v2-async": {
+                **run, "runner": "v2", "scheduler": "AsyncScheduler", "mismatches": [{}],
+            },
+            "draws-v1": {"provenance": origin, "runner": "v1", "trials": trials},
+            "soak": {
+                **run, "runner": "v1", "mismatches": [], "memory_growth_mib": 1.5,
+                "curve": {"memory_mib": [900.0, 901.4]},
+            },
+        },
+    )  # fmt: skip
+    assert "| V2 | LLaVA, async scheduling | 39 of 40 | 5 | 9 | 70 | 60 | 8 |" in text
+    assert "| V1 | MSD | temperature 0.7, top-k 6 | 200 | 0.12 |" in text
+    assert "grew by 1.5 MiB of 901 " in text and "`results/soak.png`" in text
+
+
 def test_readme_without_markers_is_refused():
     with pytest.raises(SystemExit, match="markers"):
         results.updated("nothing here", results.section())

@@ -86,3 +86,21 @@ def test_top_p_keeps_the_smallest_sufficient_set():
         warp(probs.log(), 1.0, 0.8), torch.tensor([0.625, 0.375, 0.0, 0.0], dtype=torch.float64)
     )
     assert (warp(probs.log(), 1.0, 0.81) > 0).tolist() == [True, True, True, False]
+
+
+def test_min_p_then_top_k_then_top_p():
+    """Each looks at what the one before it left."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+
+    def kept(**setting):
+        return int((warp(logits, 1.0, **setting) > 0).sum())
+
+    assert kept(min_p=0.45) == 3
+    assert kept(min_p=0.55) == 2
+    assert kept(top_k=2) == 2
+    assert kept(top_p=0.43) == 2
+    assert kept(top_p=0.43, min_p=0.45) == 1  # 0.4 of 0.9 left
+    assert kept(top_p=0.43, top_k=3) == 1
+    assert kept(top_k=3, min_p=0.55) == 2
+    law = warp(logits, 0.5, top_k=3)
+    assert torch.allclose(law, torch.tensor([16.0, 9.0, 4.0, 0.0], dtype=torch.float64) / 29)

@@ -112,7 +112,10 @@ def test_mutations_are_noticed(reports, kind, runner, mutation):
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_random_workload(tmp_path, runner):
-    """Random lengths, images, samplings and aborts in a cache that is too small for all."""
+    """Random lengths, images, samplings and aborts in a cache that is too small for all.
+
+    Model Runner V2 with asynchronous scheduling, which the other cases do without.
+    """
     pair = tiny.build_pair(tmp_path / "pair", "llava", decoys=2)
     report = run_worker(
         "random",
@@ -123,7 +126,9 @@ def test_random_workload(tmp_path, runner):
         requests={"v1": 40, "v2": 8}[runner],
         seed=11,
         longest={"v1": 120, "v2": 40}[runner],
+        async_scheduling=runner == "v2",
     )
+    assert report["scheduler"] == {"v1": "Scheduler", "v2": "AsyncScheduler"}[runner]
     assert report["mismatches"] == []
     assert report["used_blocks"] == 0
     assert report["images"] > 0
