@@ -1,6 +1,6 @@
 """Sampling through draft trees follows the target's law; wrong acceptance rules are caught.
 
-As `test_lossless_sampling`, with trees of eight nodes, three wide and two deep: 6,144 sequences of
+As `test_lossless_sampling`, with trees of eight nodes, three wide and two deep: 4,096 sequences of
 four tokens at temperature 1, and as many with everything that cuts the law at once.
 """
 
@@ -11,10 +11,10 @@ from tests.common.worker import run_worker
 from tests.common.wrong_rules import WRONG_TREE_RULES
 
 FALSE_ALARM = 1e-6
-DRAWS, CONTROL_DRAWS, SEED = 6_144, 1_536, 21
+DRAWS, CONTROL_DRAWS, SEED = 4_096, 3_072, 21
 SETTINGS = [
     {"temperature": 1.0},
-    {"temperature": 0.7, "top_p": 0.9, "top_k": 6, "min_p": 0.05},
+    {"temperature": 0.7, "top_p": 0.95, "top_k": 6, "min_p": 0.02},
 ]
 
 
@@ -46,7 +46,7 @@ def test_draws_follow_the_targets_law(report, setting):
         assert trial["batch"]["rejected"] > 1000
         for position, result in enumerate(trial["positions"]):
             where = f"{trial['prompt']} prompt, token {position}: {result}"
-            assert result["cells"] > 0, where
+            assert result["cells"] > 0 or position == 0, where  # the cut may leave one first token
             assert result["p"] > FALSE_ALARM, where
 
 
