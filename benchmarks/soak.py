@@ -26,7 +26,7 @@ from tests.common.worker import run_worker  # noqa: E402
 from vllm_msd.provenance import provenance  # noqa: E402
 
 TIMEOUT = 4 * 3600.0  # seconds for one part
-TREE = {"spec_tokens": 8, "tree": (2, 3)}  # of the draws: nodes, depth and width
+TREE = {"spec_tokens": 5, "tree": (2, 3)}  # of the draws: nodes, depth and width
 SETTINGS = (
     {"temperature": 1.0},
     {"temperature": 0.7},
@@ -101,7 +101,7 @@ PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {
     "seeded-v2": partial(workloads, "v2", requests=300, longest=24, sampled=True),
     "draws-v1": partial(draws, "v1", count=100_000, control=4_800),
     "draws-v2": partial(draws, "v2", count=2_048, control=512),
-    "soak": partial(workloads, "v1", requests=5_000, longest=60, job="soak"),
+    "soak": partial(workloads, "v1", requests=5_000, longest=40, job="soak"),
 }
 
 

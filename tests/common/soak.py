@@ -18,7 +18,7 @@ from tests.common.tree_identity import DEPTH, NODES, TOP_K
 from tests.common.tree_mutations import watched_acceptance
 
 # Sixteen requests fill the batch; the longest of them do not all fit into the cache.
-OPTIONS = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 41}
+OPTIONS = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 57}
 SAMPLES = 200  # over the whole run
 
 

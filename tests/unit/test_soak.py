@@ -19,7 +19,11 @@ RUN = {
     "memory_growth_mib": 2.0,
 }
 TRIAL = {
-    **{"wrong_rule": "none", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+    "wrong_rule": "none",
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
     "prompt": "text",
     "batch": {"accepted": 1, "rejected": 1},
 }
