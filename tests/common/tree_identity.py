@@ -191,6 +191,7 @@ def random_identity(
     seed: int,
     longest: int,
     concurrency: int = 10,
+    cache_blocks: int | None = None,
     sampled: bool = False,
     async_scheduling: bool = False,
     show_progress: bool = False,
@@ -201,6 +202,8 @@ def random_identity(
         runner, kind, target, draft: as for `tree_identity`.
         requests, seed, longest: of `workload.random_requests`.
         concurrency: requests inside the engine at a time.
+        cache_blocks: of the KV cache, in the place of ``engine_options``'s; the fewer, the more
+            preemptions.
         sampled: `workload.sampled_requests` instead.
         async_scheduling: force it on where trees are drafted.
         show_progress: draw a bar on standard error.
@@ -208,19 +211,22 @@ def random_identity(
     started = time.perf_counter()
     if runner == "v2":
         use_torch_top_p()
+    options = engine_options(kind)
+    if cache_blocks is not None:
+        options["num_gpu_blocks_override"] = cache_blocks
     if sampled:
         asked = workload.sampled_requests(requests, seed, longest)
     else:
         asked = workload.random_requests(requests, seed, longest, seeded=runner == "v2")
     with (
-        running_engine(target, None, **engine_options(kind)) as plain,
+        running_engine(target, None, **options) as plain,
         workload.progress_bar("no speculation", requests, show_progress) as on_step,
     ):
         require_runner(plain, runner)
         expected = workload.serve(plain, kind, asked, concurrency, seed, on_step)
     with (
         forced_async_scheduling() if async_scheduling else nullcontext(),
-        running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **engine_options(kind)) as engine,
+        running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **options) as engine,
         watched_acceptance(runner) as seen,
         workload.progress_bar("trees", requests, show_progress) as on_step,
     ):
