@@ -95,7 +95,9 @@ def draws(
 PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {
     "identity-v1": partial(workloads, "v1", requests=500, longest=120),
     "identity-v2": partial(workloads, "v2", requests=500, longest=24),
-    "identity-v2-async": partial(workloads, "v2", requests=200, longest=24, async_scheduling=True),
+    "identity-v2-async": partial(
+        workloads, "v2", requests=500, longest=24, cache_blocks=15, async_scheduling=True
+    ),
     "identity-v1-mrope": partial(workloads, "v1", requests=150, longest=60, kind="qwen2_vl"),
     "identity-v2-mrope": partial(workloads, "v2", requests=50, longest=24, kind="qwen2_vl"),
     "seeded-v2": partial(workloads, "v2", requests=300, longest=24, sampled=True),

@@ -87,6 +87,20 @@ def forced_async_scheduling() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def pictures_kept_for_resumption() -> Iterator[None]:
+    """Work around a crash of vLLM 0.32 and 0.33 under Model Runner V1, speculation or not.
+
+    A picture that a request finds in the prefix cache is not sent to the worker. When the request
+    is preempted and resumed after those blocks are gone, the worker must encode it, and ends with
+    "Encoder cache miss". Here every picture is sent.
+    """
+    from vllm.v1.core.sched import output
+
+    with mock.patch.object(output, "strip_covered_mm_data", lambda features, *_, **__: features):
+        yield
+
+
 def scheduler_of(engine: Any) -> Any:
     """The scheduler of an in-process engine."""
     return engine.llm_engine.engine_core.engine_core.scheduler

@@ -13,7 +13,13 @@ from typing import Any
 
 from tests.common import workload
 from tests.common.chain_identity import Run, engine_options, require_runner
-from tests.common.fp32_engine import acceptance, counted, running_engine, scheduler_of
+from tests.common.fp32_engine import (
+    acceptance,
+    counted,
+    pictures_kept_for_resumption,
+    running_engine,
+    scheduler_of,
+)
 from tests.common.tree_identity import DEPTH, NODES, TOP_K
 from tests.common.tree_mutations import watched_acceptance
 
@@ -44,6 +50,7 @@ def soak(
     asked = workload.random_requests(requests, seed, longest, abort=0.2)
     options = {**engine_options(kind), **OPTIONS}
     with (
+        pictures_kept_for_resumption(),
         running_engine(target, None, **options) as plain,
         workload.progress_bar("no speculation", requests, show_progress) as show,
     ):
@@ -52,6 +59,7 @@ def soak(
 
     curve: dict[str, list[float]] = {"requests": [], "memory_mib": [], "free_blocks": []}
     with (
+        pictures_kept_for_resumption(),
         running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **options) as engine,
         watched_acceptance(runner) as seen,
         workload.progress_bar("trees", requests, show_progress) as show,

@@ -28,6 +28,7 @@ from tests.common.fp32_engine import (
     counted,
     forced_async_scheduling,
     open_engine,
+    pictures_kept_for_resumption,
     running_engine,
     scheduler_of,
 )
@@ -219,12 +220,14 @@ def random_identity(
     else:
         asked = workload.random_requests(requests, seed, longest, seeded=runner == "v2")
     with (
+        pictures_kept_for_resumption(),
         running_engine(target, None, **options) as plain,
         workload.progress_bar("no speculation", requests, show_progress) as on_step,
     ):
         require_runner(plain, runner)
         expected = workload.serve(plain, kind, asked, concurrency, seed, on_step)
     with (
+        pictures_kept_for_resumption(),
         forced_async_scheduling() if async_scheduling else nullcontext(),
         running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **options) as engine,
         watched_acceptance(runner) as seen,
