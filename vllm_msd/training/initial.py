@@ -12,6 +12,9 @@ from vllm_msd.training.targets import Target
 
 # How much larger than text rows visual rows are taken to be.
 VISUAL_SCALE = 8.0
+# The copied layer was made for the target's residual stream, which is many times larger than the
+# normed hidden states that the draft reads and writes.
+RESIDUAL_SCALE = 0.01
 
 
 def draft_config(
@@ -58,9 +61,9 @@ def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) 
     Args:
         target: what it is to draft for.
         config: its shapes.
-        init: ``target``: the first layer starts as a copy of the target's last one, the fusion
-            layer passes the hidden state on. ``random``: PyTorch's own start. Else the folder of a
-            draft to go on from.
+        init: ``target``: the fusion layer passes the hidden state on, and the first layer starts as
+            a copy of the target's last one that adds little to it. ``random``: PyTorch's own start.
+            Else the folder of a draft to go on from.
         seed: of what is random.
 
     Raises:
@@ -84,6 +87,9 @@ def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) 
         draft.load_state_dict(state)
         with torch.no_grad():
             draft.fc.weight[:, config.hidden_size :] += torch.eye(config.hidden_size)
+            first = draft.layers[0]
+            for output in (first.self_attn.o_proj, first.mlp.down_proj):
+                output.weight *= RESIDUAL_SCALE
             if not config.input_norm:
                 open_heads_for_images(draft)
     return draft
