@@ -283,8 +283,9 @@ def soak(name: str, result: dict[str, Any]) -> str:
         parts.append(
             f"Over the {long['requests']} requests of the soak the process's memory grew by "
             f"{long['memory_growth_mib']} MiB of {curve['memory_mib'][-1]:.0f} between the second "
-            f"quarter and the last (medians); at the end {long['used_blocks']} cache blocks were "
-            f"in use. `{Path(name).with_suffix('.png').as_posix()}` draws both."
+            f"quarter and the last (medians), without speculation by "
+            f"{long['plain_memory_growth_mib']}; at the end {long['used_blocks']} cache blocks "
+            f"were in use. `{Path(name).with_suffix('.png').as_posix()}` draws both."
         )
     newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
     return "\n\n".join([*parts, _source(name, newest)])

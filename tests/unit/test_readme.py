@@ -97,13 +97,15 @@ def test_section_of_long_runs():
             "draws-v1": {"provenance": origin, "runner": "v1", "trials": trials},
             "soak": {
                 **run, "runner": "v1", "mismatches": [], "memory_growth_mib": 1.5,
+                "plain_memory_growth_mib": 1.25,
                 "curve": {"memory_mib": [900.0, 901.4]},
             },
         },
     )  # fmt: skip
     assert "| V2 | LLaVA, async scheduling | 39 of 40 | 5 | 9 | 70 | 60 | 8 |" in text
     assert "| V1 | MSD | temperature 0.7, top-k 6 | 200 | 0.12 |" in text
-    assert "grew by 1.5 MiB of 901 " in text and "`results/soak.png`" in text
+    assert "grew by 1.5 MiB of 901 " in text and "speculation by 1.25;" in text
+    assert "`results/soak.png`" in text
 
 
 def test_readme_without_markers_is_refused():
