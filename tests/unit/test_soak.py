@@ -16,8 +16,8 @@ RUN = {
     "rejected": 1,
     "other_children": 1,
     "scheduler": "AsyncScheduler",
-    "memory_growth_mib": 40.0,
-    "plain_memory_growth_mib": 38.0,
+    "memory_growth_mib": 2.0,
+    "plain_memory_growth_mib": 1.0,
 }
 TRIAL = {
     "wrong_rule": "none",
