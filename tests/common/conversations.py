@@ -6,12 +6,17 @@ from pathlib import Path
 from tests.common import tiny
 
 
-def write_conversations(folder: Path, count: int = 12) -> tuple[Path, Path]:
-    """Write `text.jsonl` and `multimodal.json` with so many records each; returns their paths."""
+def write_conversations(folder: Path, count: int = 12, characters: str = "") -> tuple[Path, Path]:
+    """Write `text.jsonl` and `multimodal.json` with so many records each; returns their paths.
+
+    Each first reply ends with all of ``characters``, another one of them first in each record.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text, multimodal = [], []
     for i in range(count):
         question, reply = f"what is {i} and {i}?", f"it is {2 * i}, " + "I think " * (i % 4)
+        start = i * len(characters) // count
+        reply += characters[start:] + characters[:start]
         text.append({"id": str(i), "conversations": _turns(question, reply)})
         tiny.image(i).save(folder / f"{i}.png")
         turns = _turns("<image>\n" + question, reply) + _turns("and then?", "nothing more.")
