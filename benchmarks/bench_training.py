@@ -1,6 +1,6 @@
 """Where the time of a training step goes: the frozen target's forward pass, or the draft's side.
 
-    python benchmarks/bench_training.py --output benchmarks/results/training.json
+    python benchmarks/bench_training.py --output benchmarks/results/training_time.json
 
 The target is the demo's, widened to a real shape (`--size small` takes it as it is), in bf16. Steps
 are those of `vllm-msd train`: `data` reads and renders records, `target` is the target's forward

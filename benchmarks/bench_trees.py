@@ -1,7 +1,7 @@
 """Measure draft trees against chains in vLLM: acceptance, speed at real cost, and where time goes.
 
     python benchmarks/bench_trees.py --output benchmarks/results/trees.json
-    python benchmarks/bench_trees.py --parts acceptance --chains 5 --trees 24x5x6 16x5x4
+    python benchmarks/bench_trees.py --parts acceptance --chains 5 --trees 24x5x5 16x6x3
     python benchmarks/bench_trees.py --parts speed profile --size 350M --speed-trees 7x4x2
 
 A tree is written NODESxDEPTHxTOP_K, a chain by its length. Everything is greedy, at batch 1, and
@@ -30,7 +30,7 @@ PARTS = ("acceptance", "speed", "profile")
 
 
 def tree(text: str) -> Drafting:
-    """``16x5x4`` to a `Drafting`."""
+    """``16x6x3`` to a `Drafting`."""
     try:
         nodes, depth, top_k = (int(number) for number in text.split("x"))
     except ValueError:
@@ -45,7 +45,7 @@ def main() -> int:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--chains", nargs="+", type=int, default=[5], help="lengths, acceptance")
-    parser.add_argument("--trees", nargs="+", type=tree, help="acceptance (24x5x6 16x5x4 7x4x2)")
+    parser.add_argument("--trees", nargs="+", type=tree, help="acceptance (24x5x5 16x6x3 12x6x2)")
     parser.add_argument("--speed-chains", nargs="+", type=int, default=[3, 5, 7])
     parser.add_argument("--speed-trees", nargs="+", type=tree, help="(7x4x2 12x5x3 16x5x4)")
     parser.add_argument("--num-prompts", type=int, default=70, help="the seven kinds in turn")
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=50_000)
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    args.trees = args.trees or [Drafting(24, 5, 6), Drafting(16, 5, 4), Drafting(7, 4, 2)]
+    args.trees = args.trees or [Drafting(24, 5, 5), Drafting(16, 6, 3), Drafting(12, 6, 2)]
     args.speed_trees = args.speed_trees or [
         Drafting(7, 4, 2),
         Drafting(12, 5, 3),

@@ -51,7 +51,7 @@ def demo(name: str, result: dict[str, Any]) -> str:
     kinds.append(("**all with images**", small["multimodal"]["acceptance_length"]))
     speeds = [("small pair, fp32", small)]
     if wide:
-        dtype = SHORT[settings.get("wide_dtype", "bfloat16")]
+        dtype = SHORT[settings["wide_dtype"]]
         speeds.append((f"widened to {settings['wide']}, {dtype}", wide))
     rows = [
         (
@@ -201,14 +201,14 @@ def training(name: str, result: dict[str, Any]) -> str:
     def spread(values: list[float]) -> str:
         return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
+    kinds = [kind for kind in next(iter(variants.values()))["eval"]["lengths"] if kind not in SUMS]
     rows, depths = [], []
     for variant, ways in variants.items():
         counted = ways.get("vllm", ways["eval"])
         lengths = counted["lengths"]
-        cells = [mean(values) for kind, values in lengths.items() if kind not in SUMS]
+        cells = [mean(lengths[kind]) for kind in kinds]
         rows.append((f"`{variant}`", spread(lengths["multimodal"]), *cells))
         depths.append((f"`{variant}`", *map(mean, zip(*counted["at_depth"], strict=True))))
-    kinds = [kind for kind in next(iter(variants.values()))["eval"]["lengths"] if kind not in SUMS]
     pairs = [
         (in_vllm, offline)
         for ways in variants.values()
@@ -233,6 +233,25 @@ def training(name: str, result: dict[str, Any]) -> str:
             "`dropped`, which vLLM cannot serve, by `vllm-msd eval`. The two ways of counting "
             f"differ by {apart:.1%} at most.",
             f"![Tokens per verification by kind of work]({PICTURE})",
+            _source(name, result),
+        ]
+    )
+
+
+def training_time(name: str, result: dict[str, Any]) -> str:
+    """Where the time of a training step goes."""
+    rows = []
+    for case in result["cases"]:
+        total = sum(case["seconds"].values())
+        shares = [f"{seconds / total:.1%}" for seconds in case["seconds"].values()]
+        rows.append((case["draft_steps"], *shares, case["tokens_per_second"]))
+    settings = result["settings"]
+    return "\n\n".join(
+        [
+            "### Time of a step",
+            f"A target of {settings['size']}, {settings['dtype']}, {settings['batch_size']} "
+            f"records a step, {settings['threads']} threads:",
+            table(["drafting steps", *result["cases"][0]["seconds"], "tokens/s"], rows),
             _source(name, result),
         ]
     )
@@ -314,7 +333,10 @@ PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
 # By document: its parts.
 DOCUMENTS = {
     "README.md": PARTS,
-    "docs/training.md": {"benchmarks/results/training.json": training},
+    "docs/training.md": {
+        "benchmarks/results/training.json": training,
+        "benchmarks/results/training_time.json": training_time,
+    },
 }
 
 

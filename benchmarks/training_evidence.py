@@ -327,10 +327,10 @@ def draw(table: dict[str, Any], path: Path) -> None:
             for x, kind in zip(at, kinds, strict=True):
                 axes.plot([x] * len(lengths[kind]), lengths[kind], "k.", markersize=3)
         axes.set_xticks(range(len(kinds)), kinds, rotation=20)
-        axes.set_ylim(1)
+        axes.set_ylim(1, 1 + 1.35 * (axes.get_ylim()[1] - 1))  # room for the legend
         axes.set_ylabel("tokens per verification")
         axes.set_title(title)
-        axes.legend(fontsize="small", ncols=2, loc="lower right")
+        axes.legend(fontsize="small", ncols=3, loc="upper left")
         axes.grid(axis="y", alpha=0.3)
     depths = panels[3]
     for name, ways in table.items():

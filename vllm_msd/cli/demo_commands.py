@@ -54,12 +54,12 @@ def add_parsers(subparsers) -> None:
         help="nodes of the tree that is compared with it (default: %(default)s)",
     )
     run.add_argument(
-        "--tree-depth", type=_positive, default=5, help="its depth (default: %(default)s)"
+        "--tree-depth", type=_positive, default=6, help="its depth (default: %(default)s)"
     )
     run.add_argument(
         "--tree-top-k",
         type=_positive,
-        default=4,
+        default=3,
         help="children each node may get, and width of a level (default: %(default)s)",
     )
     run.add_argument("--skip-tree", action="store_true", help="compare with the chain only")

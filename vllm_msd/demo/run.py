@@ -35,8 +35,8 @@ class DemoSettings:
     num_prompts: int = 21
     num_speculative_tokens: int = 5
     tree_nodes: int | None = 16
-    tree_depth: int = 5
-    tree_top_k: int = 4
+    tree_depth: int = 6
+    tree_top_k: int = 3
     max_tokens: int = 192
     wide: str | None = "350M"
     wide_dtype: str | None = None
