@@ -38,7 +38,7 @@ def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
         target=str(pair.target),
         draft=str(pair.draft),
         requests=24 if quick else 208,
-        alone=8 if quick or runner == "v2" else 48,
+        alone=8 if quick else {"v1": 48, "v2": 24}[runner],
         lengths=lengths,
         seed=seed,
     )

@@ -16,7 +16,7 @@ from vllm_msd.demo.paths import demo_pair
 REQUESTS = 208
 SIZES = {  # max_tokens of request 0, 1, ...; how many also run alone
     "v1": {"lengths": [150, 40, 90, 64, 24], "alone": 40},
-    "v2": {"lengths": [4, 5, 4, 6, 16], "alone": 8},
+    "v2": {"lengths": [4, 5, 4, 6, 16], "alone": 16},
 }
 
 
