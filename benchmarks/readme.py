@@ -44,6 +44,12 @@ def _source(name: str, facts: dict[str, Any]) -> str:
     return f"`{name}`, {facts['date']}; {machine}; {versions}."
 
 
+def _source_of_parts(name: str, result: dict[str, Any]) -> str:
+    """Of a file whose parts were run at different times: the newest one, and who else there is."""
+    newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
+    return f"{_source(name, newest)} This is its newest part; in the file each names its own."
+
+
 def demo(name: str, result: dict[str, Any]) -> str:
     """Identity, acceptance and speed of the demo pair, small and widened."""
     small, wide, settings = result["small"], result["wide"], result["settings"]
@@ -190,8 +196,7 @@ def lossless(name: str, result: dict[str, Any]) -> str:
             "be caught:",
             table([*head, "smallest p"], sampled),
         ]
-    newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
-    return "\n\n".join([*parts, _source(name, newest)])
+    return "\n\n".join([*parts, _source_of_parts(name, result)])
 
 
 def training(name: str, result: dict[str, Any]) -> str:
@@ -306,8 +311,7 @@ def soak(name: str, result: dict[str, Any]) -> str:
             f"{long['plain_memory_growth_mib']}; at the end {long['used_blocks']} cache blocks "
             f"were in use. `{Path(name).with_suffix('.png').as_posix()}` draws both."
         )
-    newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
-    return "\n\n".join([*parts, _source(name, newest)])
+    return "\n\n".join([*parts, _source_of_parts(name, result)])
 
 
 _SOAK_KINDS = {"llava": "LLaVA", "qwen2_vl": "Qwen2-VL (M-RoPE)"}
