@@ -44,11 +44,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--chains", nargs="+", type=int, default=[5], help="lengths, acceptance")
-    parser.add_argument("--trees", nargs="+", type=tree, help="acceptance (24x5x5 16x6x3 12x6x2)")
+    parser.add_argument("--chains", nargs="+", type=int, default=[5, 7], help="for acceptance")
+    parser.add_argument("--trees", nargs="+", type=tree, help="for acceptance (24x5x5 16x6x3)")
     parser.add_argument("--speed-chains", nargs="+", type=int, default=[3, 5, 7])
-    parser.add_argument("--speed-trees", nargs="+", type=tree, help="(7x4x2 12x5x3 16x5x4)")
-    parser.add_argument("--num-prompts", type=int, default=70, help="the seven kinds in turn")
+    parser.add_argument("--speed-trees", nargs="+", type=tree, help="(10x6x2 16x6x3)")
+    parser.add_argument("--num-prompts", type=int, default=42, help="the seven kinds in turn")
     parser.add_argument("--num-wide-prompts", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3, help="of the speed part")
     parser.add_argument("--size", default="1B", help="parameters of the widened pair")
@@ -57,12 +57,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=50_000)
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    args.trees = args.trees or [Drafting(24, 5, 5), Drafting(16, 6, 3), Drafting(12, 6, 2)]
-    args.speed_trees = args.speed_trees or [
-        Drafting(7, 4, 2),
-        Drafting(12, 5, 3),
-        Drafting(16, 5, 4),
-    ]
+    args.trees = args.trees or [Drafting(24, 5, 5), Drafting(16, 6, 3)]
+    args.speed_trees = args.speed_trees or [Drafting(10, 6, 2), Drafting(16, 6, 3)]
     restart_tuned()
 
     from vllm_msd.provenance import provenance

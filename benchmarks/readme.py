@@ -45,7 +45,7 @@ def _source(name: str, facts: dict[str, Any]) -> str:
 
 
 def _source_of_parts(name: str, result: dict[str, Any]) -> str:
-    """Of a file whose parts were run at different times: the newest one, and who else there is."""
+    """Of a file whose parts were run at different times: when and where the newest was."""
     newest = max((report["provenance"] for report in result.values()), key=lambda p: p["date"])
     return f"{_source(name, newest)} This is its newest part; in the file each names its own."
 

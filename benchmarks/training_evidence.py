@@ -67,7 +67,7 @@ def main() -> int:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="of each run")
+    parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--records", type=int, default=5000, help="of text, and of multimodal data")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
     parser.add_argument("--config", type=Path, default=Path("vllm_msd/demo/draft.yaml"))

@@ -82,6 +82,49 @@ def test_section_of_trees():
     assert "| target | 80.00 |" in text and "12.5% of it" in text
 
 
+def test_kinds_of_training_stand_under_their_heads():
+    def counted(**lengths):
+        return {"lengths": {k: [v] for k, v in lengths.items()}, "at_depth": [[0.75, 0.5]]}
+
+    in_vllm = counted(vqa=4.0, chart=2.0, multimodal=3.0, all=3.0)
+    offline = counted(chart=2.0, vqa=4.0, multimodal=3.0, all=3.0)
+    text = results.training(
+        "training.json",
+        {
+            "date": "2026-01-01",
+            "machine": {"cores": 2},
+            "versions": {"vllm": "0.32.0"},
+            "settings": {"num_prompts": 7, "seeds": [0], "steps": 9},
+            "summary": {"msd": {"eval": offline, "vllm": in_vllm}},
+            "runs": [{"identical": 6, "requests": 7}],
+        },
+    )
+    assert "| draft | with images | chart | vqa |" in text
+    assert "| `msd` | 3.00 (3.00 to 3.00) | 2.00 | 4.00 |" in text
+    assert "6 of 7 answers" in text
+
+
+def test_section_of_training_time():
+    text = results.training_time(
+        "training_time.json",
+        {
+            "date": "2026-01-01",
+            "machine": {"cores": 2},
+            "versions": {"vllm": "0.32.0"},
+            "settings": {"size": "350M", "dtype": "bfloat16", "batch_size": 8, "threads": 2},
+            "cases": [
+                {
+                    "draft_steps": 1,
+                    "seconds": {"data": 1.0, "target": 6.0, "draft": 1.0},
+                    "tokens_per_second": 99.0,
+                }
+            ],
+        },
+    )
+    assert "| drafting steps | data | target | draft | tokens/s |" in text
+    assert "| 1 | 12.5% | 75.0% | 12.5% | 99.00 |" in text
+
+
 def test_section_of_long_runs():
     origin = {"date": "2026-01-01", "machine": {"cores": 2}, "versions": {"vllm": "0.32.0"}}
     counts = {"aborted": 5, "preemptions": 9.0, "accepted": 70, "rejected": 60, "other_children": 8}

@@ -16,7 +16,7 @@ from vllm_msd.demo.paths import demo_pair
 REQUESTS = 208
 SIZES = {  # max_tokens of request 0, 1, ...; how many also run alone
     "v1": {"lengths": [150, 40, 90, 64, 24], "alone": 40},
-    "v2": {"lengths": [4, 5, 4, 6, 16], "alone": 16},
+    "v2": {"lengths": [4, 5, 4, 6, 16], "alone": 24},
 }
 
 
@@ -50,7 +50,7 @@ def test_token_ids_are_the_same(report, part):
     assert not mismatches, "\n".join(json.dumps(m, indent=1) for m in mismatches[:5])
 
 
-@pytest.mark.parametrize(("part", "least"), [("mixed", 100), ("alone", 0)])
+@pytest.mark.parametrize(("part", "least"), [("mixed", 100), ("alone", 5)])
 def test_drafts_were_accepted_and_rejected(report, part, least):
     assert report[part]["accepted"] > least
     assert report[part]["rejected"] > least
