@@ -11,6 +11,8 @@ acceptance  the small pair in fp32: tokens per verification, by kind of work and
             answers must be those of no speculation
 speed       the pair widened to --size parameters: decoding speed. bf16 where the processor computes
             in it, else fp32: emulated bf16 costs every row as much as the first
+products    the same pair's matrix products alone, by the rows in a pass, and what a verification
+            with each drafting of `speed` needs of them: what no drafting can go below
 profile     the same pair with the first of --speed-trees: mean time of a verification by part;
             the draft's own matrix products are taken off drafting (Model Runner V1, on a CPU)
 
@@ -26,7 +28,8 @@ from typing import Any
 from vllm_msd.demo.engine import Drafting, restart_tuned, timed_dtype
 from vllm_msd.errors import MSDError
 
-PARTS = ("acceptance", "speed", "profile")
+PARTS = ("acceptance", "speed", "products", "profile")
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24)
 
 
 def tree(text: str) -> Drafting:
@@ -47,7 +50,7 @@ def main() -> int:
     parser.add_argument("--chains", nargs="+", type=int, default=[5, 7], help="for acceptance")
     parser.add_argument("--trees", nargs="+", type=tree, help="for acceptance (24x5x5 16x6x3)")
     parser.add_argument("--speed-chains", nargs="+", type=int, default=[3, 5, 7])
-    parser.add_argument("--speed-trees", nargs="+", type=tree, help="(10x6x2 16x6x3)")
+    parser.add_argument("--speed-trees", nargs="+", type=tree, help="(11x6x2 16x6x3)")
     parser.add_argument("--num-prompts", type=int, default=42, help="the seven kinds in turn")
     parser.add_argument("--num-wide-prompts", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3, help="of the speed part")
@@ -58,7 +61,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     args.trees = args.trees or [Drafting(24, 5, 5), Drafting(16, 6, 3)]
-    args.speed_trees = args.speed_trees or [Drafting(10, 6, 2), Drafting(16, 6, 3)]
+    args.speed_trees = args.speed_trees or [Drafting(11, 6, 2), Drafting(16, 6, 3)]
     restart_tuned()
 
     from vllm_msd.provenance import provenance
@@ -160,6 +163,36 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             }
             for name, one in found.items()
         },
+    }
+
+
+def products(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of the matrix products by rows and model, and in a verification by drafting.
+
+    A drafting's products are one pass of the target over its tokens and the root, and a pass of the
+    draft for each of its depths, over a level's rows.
+    """
+    from vllm_msd.demo import paths
+    from vllm_msd.demo.step_profile import products_by_rows
+
+    pair = paths.wide_pair(args.size, dtype=args.dtype, report=print)
+    draftings = [*map(Drafting, args.speed_chains), *args.speed_trees]
+    checked = {str(d): d.num_tokens + 1 for d in draftings}
+    level = {str(d): d.top_k or 1 for d in draftings}
+    counts = sorted({*ROWS, *checked.values(), *level.values()})
+    by_rows = products_by_rows(pair, counts, dtype=args.dtype)
+    target, draft = by_rows["target"], by_rows["draft"]
+    needed = {
+        name: target[checked[name]] + d.deepest * draft[level[name]]
+        for name, d in zip(checked, draftings, strict=True)
+    }
+    for rows in ROWS:
+        print(f"  {rows:>2} rows: target {target[rows]:.1f} ms, draft {draft[rows]:.1f} ms")
+    for name, milliseconds in needed.items():
+        print(f"  {name:<36}{milliseconds:.1f} ms per verification")
+    return {
+        "milliseconds_by_rows": by_rows,
+        "milliseconds_per_verification": {"no speculation": target[1], **needed},
     }
 
 

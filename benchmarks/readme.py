@@ -116,6 +116,8 @@ def trees(name: str, result: dict[str, Any]) -> str:
             f"{result['speed']['plain_tokens_per_second']:.2f} tokens/s without speculation:",
             table(["drafted", "tokens per verification", "tokens/s", "speed-up"], rows),
         ]
+    if "products" in result:
+        parts += _products(result)
     if "profile" in result:
         found = result["profile"]
         rows = found["milliseconds_per_step"].items()
@@ -125,6 +127,26 @@ def trees(name: str, result: dict[str, Any]) -> str:
             table(["part", "ms"], rows),
         ]
     return "\n\n".join([*parts, _source(name, result)])
+
+
+def _products(result: dict[str, Any]) -> list[str]:
+    """What the matrix products alone allow each drafting."""
+    by_rows = result["products"]["milliseconds_by_rows"]
+    needed = result["products"]["milliseconds_per_verification"]
+    draftings = result["speed"]["draftings"]
+    limits = [
+        (name, needed[name], 1000 * found["acceptance_length"] / needed[name])
+        for name, found in draftings.items()
+    ]
+    counts = list(by_rows["target"])
+    models = [(f"{name}, ms", *(by_rows[name][rows] for rows in counts)) for name in by_rows]
+    return [
+        "What more rows cost: the matrix products of a pass, by the rows in it:",
+        table(["rows", *counts], models),
+        "A verification's products (one pass of the target, one of the draft for each depth), and "
+        "the tokens/s that its acceptance would give if nothing else took time:",
+        table(["drafted", "ms", "tokens/s at most"], limits),
+    ]
 
 
 def visual_branch(name: str, result: dict[str, Any]) -> str:

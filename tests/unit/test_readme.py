@@ -70,6 +70,13 @@ def test_section_of_trees():
                 "plain_tokens_per_second": 4.0,
                 "draftings": {drafting: {**length, "msd_tokens_per_second": 9.0, "speedup": 2.25}},
             },
+            "products": {
+                "milliseconds_by_rows": {
+                    "target": {"1": 50.0, "8": 64.0},
+                    "draft": {"1": 2.0, "8": 3.0},
+                },
+                "milliseconds_per_verification": {"no speculation": 50.0, drafting: 75.0},
+            },
             "profile": {
                 "drafting": drafting,
                 "milliseconds_per_step": {"target": 80.0},
@@ -79,6 +86,7 @@ def test_section_of_trees():
     )
     assert f"| {drafting} | 4.50 | 4.50 | 6 of 7 |" in text
     assert f"| {drafting} | 4.50 | 9.00 | 2.25x |" in text
+    assert "| target, ms | 50.00 | 64.00 |" in text and f"| {drafting} | 75.00 | 60.00 |" in text
     assert "| target | 80.00 |" in text and "12.5% of it" in text
 
 

@@ -4,11 +4,13 @@ Timers around the parts of a step, without a profiler: everything there is synch
 parts are few and long beside a timer.
 """
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vllm_msd.demo.engine import Drafting, Engine
@@ -97,6 +99,60 @@ def profile_steps(
     for sample in samples:
         engine.answer(sample, max_tokens)
     return _shares(clock)
+
+
+def products_by_rows(
+    pair: DemoPaths, row_counts: Sequence[int], *, dtype: str, rounds: int = 7
+) -> dict[str, dict[int, float]]:
+    """What the matrix products of a pass cost by the rows in it, which decides what a tree may be.
+
+    All linear layers and the head of the target's language model, and of the draft, run one after
+    another as in a pass, so that every weight comes from memory. The counts take turns within a
+    round.
+
+    Args:
+        pair: the models.
+        row_counts: rows of a pass, one for no speculation, drafted tokens and one to verify them.
+        dtype: what vLLM computes in.
+        rounds: how often each count is timed.
+
+    Returns:
+        ``target`` and ``draft``, each the median milliseconds by rows.
+    """
+    engine = Engine(pair.target, draft=pair.draft, drafting=Drafting(1), dtype=dtype)
+    runner = engine.model_runner
+    models = {"target": runner.model.get_language_model(), "draft": runner.drafter.model}
+    passes = {name: _products(model, getattr(torch, dtype)) for name, model in models.items()}
+    seconds: dict[str, dict[int, list[float]]] = {
+        name: {rows: [] for rows in row_counts} for name in models
+    }
+    for timed_round in range(rounds + 1):
+        for name, run in passes.items():
+            for rows in row_counts:
+                start = time.perf_counter()
+                run(rows)
+                if timed_round:  # the first meets each shape for the first time
+                    seconds[name][rows].append(time.perf_counter() - start)
+    return {
+        name: {rows: 1000 * statistics.median(found) for rows, found in by_rows.items()}
+        for name, by_rows in seconds.items()
+    }
+
+
+def _products(model: nn.Module, dtype: torch.dtype) -> Callable[[int], None]:
+    """A call that runs the model's linear layers and its head on so many random rows."""
+    layers = _linear_layers(model)
+    widths = {layer: layer.input_size for layer in layers}
+    hidden = model.config.hidden_size
+
+    @torch.inference_mode()
+    def run(rows: int) -> None:
+        inputs = {w: torch.randn(rows, w, dtype=dtype) for w in {hidden, *widths.values()}}
+        for layer in layers:
+            layer(inputs[widths[layer]])
+        model.compute_logits(inputs[hidden])
+
+    return run
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Module]:
