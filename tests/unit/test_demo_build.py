@@ -1,4 +1,4 @@
-"""`vllm-msd demo build` from a trained target on: data, draft, figures."""
+"""`vllm-msd demo build`: the target's training; from a trained target on data, draft, figures."""
 
 import json
 import shutil
@@ -7,6 +7,18 @@ from vllm_msd.checkpoint import load_draft
 from vllm_msd.cli.main import main
 from vllm_msd.demo.build import DRAFT_SETTINGS
 from vllm_msd.demo.paths import PAIR, demo_pair
+from vllm_msd.demo.train_target import TargetTrainer, TargetTraining
+
+
+def test_a_finished_training_of_the_target_stays_as_it_is(tmp_path, capsys):
+    settings = TargetTraining(str(tmp_path), max_steps=1, processes=1, batch_size=1)
+    TargetTrainer(settings).run()
+    saved = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    trainer = TargetTrainer(settings)
+    trainer.run()
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert trainer.step == 1 and trainer.elapsed > 0
+    assert saved and all(path.read_bytes() == content for path, content in saved.items())
 
 
 def test_a_build_goes_on_from_its_target(tmp_path, capsys):

@@ -29,16 +29,17 @@ class DemoSettings:
     """What the demo runs. ``wide`` is the size that is timed (``"350M"``), None to skip it.
 
     ``wide_dtype`` is what it is timed in, None for `timed_dtype`. A chain of
-    ``num_speculative_tokens`` stands beside a tree of ``tree_nodes`` (None: no tree).
+    ``num_speculative_tokens`` stands beside a tree of ``tree_nodes`` (None: no tree). What the
+    command line gives has its defaults there.
     """
 
-    num_prompts: int = 21
-    num_speculative_tokens: int = 5
-    tree_nodes: int | None = 16
-    tree_depth: int = 6
-    tree_top_k: int = 3
-    max_tokens: int = 192
-    wide: str | None = "350M"
+    num_prompts: int
+    num_speculative_tokens: int
+    tree_nodes: int | None
+    tree_depth: int
+    tree_top_k: int
+    max_tokens: int
+    wide: str | None
     wide_dtype: str | None = None
     num_wide_prompts: int = 7
     wide_rounds: int = 2  # shows whether the ratio holds

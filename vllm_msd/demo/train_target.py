@@ -211,6 +211,11 @@ class TargetTrainer:
             share = self.settings.vision_rate if slow else 1.0
             group["lr"] = self.settings.learning_rate * factor * share
 
+    def _spent(self) -> bool:
+        """Whether the budget is used up; of a finished run it is before the first step."""
+        settings = self.settings
+        return self.elapsed >= settings.minutes * 60 or (0 < settings.max_steps <= self.step)
+
     def run(self) -> None:
         """Train until the budget (or `max_steps`) is spent, then save and write provenance."""
         settings = self.settings
@@ -241,7 +246,7 @@ class TargetTrainer:
         tokens, last, last_save = 0, time.monotonic(), self.elapsed
         window = last
         self.model.train()
-        while True:
+        while not self._spent():
             self._set_rate()
             batch = next(streams[self.stage])
             with torch.autocast("cpu", torch.bfloat16):
@@ -281,13 +286,10 @@ class TargetTrainer:
                 )
                 sums.clear()
                 tokens, window = 0, now
-            done = self.elapsed >= settings.minutes * 60 or self.step == settings.max_steps
-            if done or self.elapsed - last_save > settings.checkpoint_minutes * 60:
+            if self._spent() or self.elapsed - last_save > settings.checkpoint_minutes * 60:
                 last_save = self.elapsed
                 if first:
                     self.save()
-            if done:
-                break
         if first:
             write_record(
                 self.folder / "model",
