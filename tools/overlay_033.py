@@ -22,6 +22,7 @@ from pathlib import Path
 VERSION = "0.33.0"
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / f"vllm-{VERSION}"
 DONE = "complete"
+NEW_REQUIREMENTS = ("orjson",)  # of 0.33's that 0.32 does not have and a CPU uses
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
         unpack(wheel, site)
         link_native_libraries(installed_package(), site / "vllm")
         (site / DONE).touch()
+    install_requirements(site)
     print(site)
     return 0
 
@@ -67,6 +69,16 @@ def unpack(wheel: Path, site: Path) -> None:
         raise SystemExit(f"{wheel} is not vllm {VERSION}: its METADATA has another version")
     metadata.write_text(renamed, encoding="utf-8")
     info.rename(site / f"vllm-{VERSION}+cpu.dist-info")
+
+
+def install_requirements(site: Path) -> None:
+    """Install what 0.33 needs beyond 0.32 into ``site``, where it is missing."""
+    for name in NEW_REQUIREMENTS:
+        if not (site / name).is_dir():
+            command = ["install", "--no-deps", "--only-binary=:all:", "--target", site, name]
+            done = subprocess.run([sys.executable, "-m", "pip", *command], stdout=sys.stderr)
+            if done.returncode:
+                raise SystemExit(f"pip could not install {name}, which vllm {VERSION} needs")
 
 
 def installed_package() -> Path:

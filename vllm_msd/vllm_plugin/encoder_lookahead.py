@@ -1,14 +1,20 @@
-"""Two images in a row that the encoder cache cannot hold together (vLLM 0.32).
+"""Chunks of a prompt that end right before an image, whose first embedding the draft reads ahead.
 
-A draft reads one row ahead of the target, so the 0.32 scheduler ends a chunk one row before an
-image that is not encoded yet, and keeps an image's encoding until the target is one row past it.
-When an image starts where another ends, or one row later, the first is kept for the row that waits
-for the second: the request never moves again.
+vLLM 0.32 ends a chunk one row before an image that is not encoded yet, and keeps an image's
+encoding until the target is one row past it. When an image starts where another ends, or one row
+later, and the encoder cache cannot hold both, the first is kept for the row that waits for the
+second: the request never moves again.
+
+vLLM 0.33 ends the chunk at the image and gives the draft's last row the embedding of the image
+placeholder, on the text branch. All later rows of the draft attend to it. Here the chunk ends a row
+earlier, so that the next one reads the image.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+from vllm_msd.vllm_plugin.worker_hook import is_msd
 
 
 def wrap_try_schedule_encoder_inputs(original: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -25,8 +31,10 @@ def wrap_try_schedule_encoder_inputs(original: Callable[..., tuple]) -> Callable
     ) -> tuple:
         arguments = (request, num_computed_tokens, num_new_tokens, encoder_compute_budget)
         result = original(self, *arguments, shift_computed_tokens)
-        if result[1] or not num_new_tokens or not shift_computed_tokens:
+        if not num_new_tokens or not shift_computed_tokens or not is_msd(self.vllm_config):
             return result
+        if result[1]:
+            return _end_before_read_ahead(self, request, num_computed_tokens, result)
         if _free_passed_images(self, request, num_computed_tokens):
             result = original(self, *arguments, shift_computed_tokens)
         if not result[1] and self.encoder_cache_manager.get_cached_input_ids(request):
@@ -36,6 +44,26 @@ def wrap_try_schedule_encoder_inputs(original: Callable[..., tuple]) -> Callable
         return result
 
     return try_schedule_encoder_inputs
+
+
+def _end_before_read_ahead(
+    scheduler: Any, request: Any, num_computed_tokens: int, result: tuple
+) -> tuple:
+    """The scheduler's result, without a last row that reads into an image not there to be read.
+
+    A row on its own stays if the request holds images itself: it could wait for them for good.
+    """
+    scheduled, num_new_tokens, budget, loaded, duplicates = result
+    available = {*scheduled, *loaded, *duplicates}
+    available |= scheduler.encoder_cache_manager.get_cached_input_ids(request)
+    next_row = num_computed_tokens + num_new_tokens
+    reads_into_image = any(
+        feature.mm_position.offset == next_row and input_id not in available
+        for input_id, feature in enumerate(request.mm_features)
+    )
+    if reads_into_image and (num_new_tokens > 1 or not available):
+        num_new_tokens -= 1
+    return scheduled, num_new_tokens, budget, loaded, duplicates
 
 
 def _free_passed_images(scheduler: Any, request: Any, num_computed_tokens: int) -> bool:

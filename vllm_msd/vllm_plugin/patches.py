@@ -120,7 +120,7 @@ PATCHES: tuple[Patch, ...] = (
         used_as=(("vllm.v1.sample.ops.topk_topp_sampler", "return apply_top_k_only(logits, k)"),),
     ),
     Patch(
-        name="adjacent-images",
+        name="image-read-ahead",
         target="vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
         parameters=dict.fromkeys(
             SUPPORTED_VERSIONS,
@@ -134,10 +134,12 @@ PATCHES: tuple[Patch, ...] = (
             ),
         ),
         make="vllm_msd.vllm_plugin.encoder_lookahead:wrap_try_schedule_encoder_inputs",
-        what="Lets a prompt go on when its next image must wait for the one before it.",
-        why="The draft reads one row ahead, and vLLM 0.32 waits forever for both of two adjacent "
-        "images when the encoder cache holds only one.",
-        remove_when="Support for vLLM 0.32 ends; 0.33 schedules without the look-ahead.",
+        what="Ends a prompt's chunk so that the draft can read the next image's first row, and "
+        "lets the prompt go on when that image must wait for the one before it.",
+        why="The draft reads one row ahead. vLLM 0.32 waits forever for both of two adjacent "
+        "images when the encoder cache holds only one; 0.33 gives that row the placeholder's "
+        "embedding.",
+        remove_when="Support for vLLM 0.32 ends and 0.33's successors end chunks as it did.",
     ),
     Patch(
         name="sampling-params",
