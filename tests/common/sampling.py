@@ -99,7 +99,10 @@ def use_torch_top_p() -> None:
     """Let vLLM take its PyTorch top-p: Triton's interpreter cannot run the kernel (Triton 3.9)."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    def apply(logits: Any, k: Any, p: Any, **_: Any) -> Any:  # 0.33 passes the kernel a hint
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    topk_topp_sampler.apply_top_k_top_p_triton = apply
 
 
 def sampling_trial(
