@@ -117,7 +117,8 @@ class Recorder:
         drafted = tokens.tolist()
         above = [None] * len(drafted) if parents() is None else parents().tolist()
         for key, *draft in zip(self.drafted_from, drafted, above, strict=True):
-            self.drafts[key] = tuple(draft)
+            if set(draft[0]) != {-1}:  # vLLM 0.33 asks for none where none could be accepted
+                self.drafts[key] = tuple(draft)
         return tokens
 
     def clear(self) -> None:
