@@ -116,7 +116,7 @@ def trees(name: str, result: dict[str, Any]) -> str:
             f"{result['speed']['plain_tokens_per_second']:.2f} tokens/s without speculation:",
             table(["drafted", "tokens per verification", "tokens/s", "speed-up"], rows),
         ]
-    if "products" in result:
+    if "products" in result and "speed" in result:
         parts += _products(result)
     if "profile" in result:
         found = result["profile"]

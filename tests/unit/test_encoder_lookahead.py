@@ -6,13 +6,18 @@ Only vLLM 0.33 ends chunks there; with it, tests/vllm/test_draft_rows.py sees th
 from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm.multimodal.inputs import PlaceholderRange
 
 from vllm_msd.vllm_plugin.encoder_lookahead import wrap_try_schedule_encoder_inputs
 
 
-def rows_scheduled(start, rows, *, cached=(), scheduled=(), is_msd=True):
+def rows_scheduled(start, rows, *, cached=(), scheduled=(), is_msd=True, is_embed=None):
     """Rows of a chunk from ``start`` on; images lie at 8 to 11 and 20 to 23."""
-    images = [SimpleNamespace(mm_position=SimpleNamespace(offset=o, length=4)) for o in (8, 20)]
+    images = [
+        SimpleNamespace(mm_position=PlaceholderRange(offset=offset, length=4, is_embed=is_embed))
+        for offset in (8, 20)
+    ]
     request = SimpleNamespace(mm_features=images, num_output_placeholders=0)
     hf_config = SimpleNamespace(**({"msd_draft": True} if is_msd else {}))
     speculation = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=hf_config))
@@ -39,6 +44,9 @@ def test_other_chunks_stay_as_they_are():
     assert rows_scheduled(0, 7) == 7
     assert rows_scheduled(0, 10, scheduled=[0]) == 10  # ends inside an image
     assert rows_scheduled(8, 4, scheduled=[0]) == 4  # ends behind one
+    text_first = torch.tensor([False, True, True, True])
+    assert rows_scheduled(0, 8, is_embed=text_first) == 8
+    assert rows_scheduled(0, 8, is_embed=~text_first) == 7
 
 
 def test_a_row_alone_waits_only_for_the_images_of_others():

@@ -58,7 +58,9 @@ def _end_before_read_ahead(
     available |= scheduler.encoder_cache_manager.get_cached_input_ids(request)
     next_row = num_computed_tokens + num_new_tokens
     reads_into_image = any(
-        feature.mm_position.offset == next_row and input_id not in available
+        (place := feature.mm_position).offset == next_row
+        and input_id not in available
+        and place.get_embeds_indices_in_range(0, 1) != (0, 0)  # its first row is an embedding
         for input_id, feature in enumerate(request.mm_features)
     )
     if reads_into_image and (num_new_tokens > 1 or not available):
