@@ -87,6 +87,11 @@ def main() -> int:
     return 0 if all(one["identical"] == one["requests"] for one in found) else 1
 
 
+def _timed(args: argparse.Namespace) -> dict[str, Drafting]:
+    """The draftings of the speed part, by name."""
+    return {str(d): d for d in [*map(Drafting, args.speed_chains), *args.speed_trees]}
+
+
 def _dot(_: Any) -> None:
     print(".", end="", flush=True)
 
@@ -128,7 +133,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_msd.demo.compare import PLAIN, compare, figures, held_out_samples, rates
 
     pair = paths.wide_pair(args.size, dtype=args.dtype, report=print)
-    draftings = {str(d): d for d in [*map(Drafting, args.speed_chains), *args.speed_trees]}
+    draftings = _timed(args)
     comparisons = compare(
         pair,
         held_out_samples(args.num_wide_prompts, args.seed),
@@ -176,15 +181,14 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_msd.demo.step_profile import products_by_rows
 
     pair = paths.wide_pair(args.size, dtype=args.dtype, report=print)
-    draftings = [*map(Drafting, args.speed_chains), *args.speed_trees]
-    checked = {str(d): d.num_tokens + 1 for d in draftings}
-    level = {str(d): d.top_k or 1 for d in draftings}
-    counts = sorted({*ROWS, *checked.values(), *level.values()})
-    by_rows = products_by_rows(pair, counts, dtype=args.dtype)
+    draftings, counts = _timed(args), {*ROWS}
+    for d in draftings.values():
+        counts |= {d.num_tokens + 1, d.top_k or 1}
+    by_rows = products_by_rows(pair, sorted(counts), dtype=args.dtype)
     target, draft = by_rows["target"], by_rows["draft"]
     needed = {
-        name: target[checked[name]] + d.deepest * draft[level[name]]
-        for name, d in zip(checked, draftings, strict=True)
+        name: target[d.num_tokens + 1] + d.deepest * draft[d.top_k or 1]
+        for name, d in draftings.items()
     }
     for rows in ROWS:
         print(f"  {rows:>2} rows: target {target[rows]:.1f} ms, draft {draft[rows]:.1f} ms")

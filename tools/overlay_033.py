@@ -48,11 +48,19 @@ def download(folder: Path) -> Path:
     pattern = f"vllm-{VERSION}-*.whl"
     if not any(folder.glob(pattern)):
         print(f"downloading vllm {VERSION} (336 MB) to {folder}", file=sys.stderr)
-        command = ["download", f"vllm=={VERSION}", "--no-deps", "--only-binary=:all:", "--dest"]
-        done = subprocess.run([sys.executable, "-m", "pip", *command, folder], stdout=sys.stderr)
-        if done.returncode:
-            raise SystemExit(f"pip could not download vllm {VERSION}; give its wheel with --wheel")
+        pip(
+            ["download", f"vllm=={VERSION}", "--dest", folder],
+            f"pip could not download vllm {VERSION}; give its wheel with --wheel",
+        )
     return next(folder.glob(pattern))
+
+
+def pip(arguments: list[str | Path], failure: str) -> None:
+    """Run pip on wheels without their dependencies; exits with ``failure`` when it fails."""
+    options = ["--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", *arguments, *options]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise SystemExit(failure)
 
 
 def unpack(wheel: Path, site: Path) -> None:
@@ -75,10 +83,10 @@ def install_requirements(site: Path) -> None:
     """Install what 0.33 needs beyond 0.32 into ``site``, where it is missing."""
     for name in NEW_REQUIREMENTS:
         if not (site / name).is_dir():
-            command = ["install", "--no-deps", "--only-binary=:all:", "--target", site, name]
-            done = subprocess.run([sys.executable, "-m", "pip", *command], stdout=sys.stderr)
-            if done.returncode:
-                raise SystemExit(f"pip could not install {name}, which vllm {VERSION} needs")
+            pip(
+                ["install", name, "--target", site],
+                f"pip could not install {name}, which vllm {VERSION} needs",
+            )
 
 
 def installed_package() -> Path:

@@ -54,16 +54,18 @@ def _end_before_read_ahead(
     A row on its own stays if the request holds images itself: it could wait for them for good.
     """
     scheduled, num_new_tokens, budget, loaded, duplicates = result
+    next_row = num_computed_tokens + num_new_tokens
+    read_next = {
+        input_id
+        for input_id, feature in enumerate(request.mm_features)
+        if (place := feature.mm_position).offset == next_row
+        and place.get_embeds_indices_in_range(0, 1) != (0, 0)  # its first row is an embedding
+    }
+    if not read_next:  # nearly always
+        return result
     available = {*scheduled, *loaded, *duplicates}
     available |= scheduler.encoder_cache_manager.get_cached_input_ids(request)
-    next_row = num_computed_tokens + num_new_tokens
-    reads_into_image = any(
-        (place := feature.mm_position).offset == next_row
-        and input_id not in available
-        and place.get_embeds_indices_in_range(0, 1) != (0, 0)  # its first row is an embedding
-        for input_id, feature in enumerate(request.mm_features)
-    )
-    if reads_into_image and (num_new_tokens > 1 or not available):
+    if not read_next <= available and (num_new_tokens > 1 or not available):
         num_new_tokens -= 1
     return scheduled, num_new_tokens, budget, loaded, duplicates
 

@@ -139,7 +139,7 @@ PATCHES: tuple[Patch, ...] = (
         why="The draft reads one row ahead. vLLM 0.32 waits forever for both of two adjacent "
         "images when the encoder cache holds only one; 0.33 gives that row the placeholder's "
         "embedding.",
-        remove_when="Support for vLLM 0.32 ends and 0.33's successors end chunks as it did.",
+        remove_when="Every supported version ends chunks a row before such an image, and moves on.",
     ),
     Patch(
         name="sampling-params",
