@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_msd.kernels import AcceptedPaths
 from vllm_msd.tree import Acceptance, DraftTree
 
-TREES = "vllm_msd.vllm_plugin.trees"
+PLUGIN = "vllm_msd.vllm_plugin"
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def patched(place: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace ``module:name`` (or ``module:Class.name``) below ``TREES`` by ``make`` of it."""
     module, _, path = place.partition(":")
     *parents, name = path.split(".")
-    owner = import_module(f"{TREES}.{module}")
+    owner = import_module(f"{PLUGIN}.{module}")
     for parent in parents:
         owner = getattr(owner, parent)
     with mock.patch.object(owner, name, make(getattr(owner, name))):
@@ -112,23 +112,23 @@ def _flat_tokens_in_row_order(original: Any) -> Any:
 # What is broken, for each model runner: the place and its replacement.
 MUTATIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "v1": {
-        "mask": ("runner_v1:TreeRows", _star_masks),
-        "position": ("step_v1:StepTrees.rotary_offsets", _no_offsets),
-        "settle": ("runner_v1:settle_cpu", _nothing),
-        "acceptance": ("sampler_v1:accept", _tokens_in_row_order),
-        "draft_gather": ("runner_v1:settle_index", _identity_index),
+        "mask": ("cpu.runner:TreeRows", _star_masks),
+        "position": ("cpu.step:StepTrees.rotary_offsets", _no_offsets),
+        "settle": ("cpu.runner:settle_cpu", _nothing),
+        "acceptance": ("cpu.sampler:accept", _tokens_in_row_order),
+        "draft_gather": ("cpu.runner:settle_index", _identity_index),
     },
     "v2": {
-        "mask": ("model_state_v2:TreeRows", _star_masks),
-        "position": ("model_state_v2:TreeModelState.prepare_inputs", _inherited("prepare_inputs")),
+        "mask": ("gpu.model_state:TreeRows", _star_masks),
+        "position": ("gpu.model_state:TreeModelState.prepare_inputs", _inherited("prepare_inputs")),
         "settle": (
-            "model_state_v2:TreeModelState.postprocess_state", _inherited("postprocess_state"),
+            "gpu.model_state:TreeModelState.postprocess_state", _inherited("postprocess_state"),
         ),
-        "acceptance": ("sampler_v2:accept", _flat_tokens_in_row_order),
+        "acceptance": ("gpu.sampler:accept", _flat_tokens_in_row_order),
         "sampling_position": (
-            "sampler_v2:TreeRejectionSampler._verify", _linear_sampling_positions,
+            "gpu.sampler:TreeRejectionSampler._verify", _linear_sampling_positions,
         ),
-        "draft_gather": ("model_state_v2:TreeModelState.settled_rows", _nothing),
+        "draft_gather": ("gpu.model_state:TreeModelState.settled_rows", _nothing),
     },
 }  # fmt: skip
 # The gather of the draft's inputs changes no output, only what the draft reads.
@@ -147,7 +147,7 @@ def mutated(runner: str, name: str) -> Iterator[None]:
 
 # What trees accept ---------------------------------------------------------------------------
 
-ACCEPT = {"v1": "sampler_v1:accept", "v2": "sampler_v2:accept"}
+ACCEPT = {"v1": "cpu.sampler:accept", "v2": "gpu.sampler:accept"}
 
 
 @dataclass

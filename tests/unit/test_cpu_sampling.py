@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_msd.vllm_plugin.cpu_sampling import wrap_expand_kernel
+from vllm_msd.vllm_plugin.cpu.sampling_mends import wrap_expand_kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.multimodal.inputs import PlaceholderRange
 
-from vllm_msd.vllm_plugin.encoder_lookahead import wrap_try_schedule_encoder_inputs
+from vllm_msd.vllm_plugin.scheduling import wrap_try_schedule_encoder_inputs
 
 
 def rows_scheduled(start, rows, *, cached=(), scheduled=(), is_msd=True, is_embed=None):

@@ -142,7 +142,7 @@ def test_a_bug_keeps_its_traceback(failing, error):
 
 
 def test_the_plugin_tells_that_vllm_is_missing(monkeypatch):
-    from vllm_msd.vllm_plugin import patching
+    from vllm_msd.vllm_plugin.patches import patching
 
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(patching.PatchError, match=r"not installed.*vllm-msd\[cpu\]"):

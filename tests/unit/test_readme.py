@@ -173,7 +173,7 @@ def test_paths_that_a_page_names_exist(page):
 
 
 def test_published_drafts_are_those_of_the_plugin():
-    from vllm_msd.vllm_plugin.resolve import PUBLISHED_DRAFTS
+    from vllm_msd.vllm_plugin.configuration.resolve import PUBLISHED_DRAFTS
 
     for target, draft in PUBLISHED_DRAFTS.items():
         assert f"| `{target}` | `{draft}` |" in README

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin import resolve
+from vllm_msd.vllm_plugin.configuration import resolve
 
 
 def write_config(folder: Path, **fields) -> Path:

@@ -19,9 +19,9 @@ from tests.common.tree_batches import (
     star,
 )
 from vllm_msd.kernels import tree_attention
-from vllm_msd.vllm_plugin.trees import cpu_attention
-from vllm_msd.vllm_plugin.trees.attention import TreeRows
-from vllm_msd.vllm_plugin.trees.cpu_attention import settle_cpu
+from vllm_msd.vllm_plugin.cpu import attention as cpu_attention
+from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
+from vllm_msd.vllm_plugin.trees.rows import TreeRows
 
 LAYERS = ("layer.0", "layer.1")
 RNG = torch.Generator().manual_seed(3)

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_msd.vllm_plugin import patches, patching, plugin
-from vllm_msd.vllm_plugin.patching import Patch, PatchError
+from vllm_msd.vllm_plugin import plugin
+from vllm_msd.vllm_plugin.patches import ledger as patches
+from vllm_msd.vllm_plugin.patches import patching
+from vllm_msd.vllm_plugin.patches.__main__ import main as patches_main
+from vllm_msd.vllm_plugin.patches.patching import Patch, PatchError
 
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
 PACKAGE = Path(patching.__file__).parents[1]
@@ -225,7 +228,7 @@ def test_source_check_sees_changes(tmp_path):
 
 @pytest.mark.skipif("MSD_VLLM_SOURCE" not in os.environ, reason="MSD_VLLM_SOURCE is not set")
 def test_other_versions_source(capsys):
-    assert patches.main(["--check-source", os.environ["MSD_VLLM_SOURCE"]]) == 0, capsys.readouterr()
+    assert patches_main(["--check-source", os.environ["MSD_VLLM_SOURCE"]]) == 0, capsys.readouterr()
 
 
 def test_documentation_lists_the_patches():

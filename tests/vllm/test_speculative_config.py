@@ -16,8 +16,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.common import tiny
 from vllm_msd.draft import MSDDraftConfig
 from vllm_msd.errors import CheckpointError, ConfigError
-from vllm_msd.vllm_plugin import engine_args, guards, plugin, resolve
-from vllm_msd.vllm_plugin.trees import settings
+from vllm_msd.vllm_plugin import plugin
+from vllm_msd.vllm_plugin.configuration import engine_args, guards, resolve
+from vllm_msd.vllm_plugin.configuration import tree_settings as settings
 
 ARCHITECTURES = {
     "llava": ("EagleMsdLlamaForCausalLM", "LlamaConfig"),

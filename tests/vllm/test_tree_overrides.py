@@ -3,8 +3,8 @@
 import pytest
 from typing_extensions import override
 
-from vllm_msd.vllm_plugin.patching import PatchError
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+from vllm_msd.vllm_plugin.patches.overrides import check_overrides
+from vllm_msd.vllm_plugin.patches.patching import PatchError
 
 
 class Base:
@@ -13,9 +13,9 @@ class Base:
 
 
 def test_classes_of_model_runner_v2_fit_this_vllm():
-    from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
-    from vllm_msd.vllm_plugin.trees.sampler_v2 import TreeRejectionSampler
-    from vllm_msd.vllm_plugin.trees.speculator_v2 import TreeSpeculator
+    from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
+    from vllm_msd.vllm_plugin.gpu.sampler import TreeRejectionSampler
+    from vllm_msd.vllm_plugin.gpu.speculator import TreeSpeculator
 
     for cls in (TreeModelState, TreeRejectionSampler, TreeSpeculator):
         check_overrides(cls)

@@ -94,8 +94,8 @@ def sampling_metadata(num_requests: int, bias: dict | None = None, min_p=None, *
 def tree_sampler(metadata, drafted, logprobs_mode: str = "raw_logprobs"):
     from vllm.v1.sample.sampler import Sampler
 
-    from vllm_msd.vllm_plugin.trees.sampler_v1 import TreeRejectionSampler
-    from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
+    from vllm_msd.vllm_plugin.cpu.sampler import TreeRejectionSampler
+    from vllm_msd.vllm_plugin.cpu.step import StepTrees
 
     sampler = TreeRejectionSampler(Sampler(logprobs_mode))
     sampler.step = StepTrees.build(metadata, drafted)
@@ -107,7 +107,7 @@ def tree_sampler(metadata, drafted, logprobs_mode: str = "raw_logprobs"):
 
 def test_step_finds_each_requests_tree():
     """Whole, cut short, without drafts, of another draft, and unknown; prompt rows stand before."""
-    from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
+    from vllm_msd.vllm_plugin.cpu.step import StepTrees
 
     tokens = TOKENS[1:].tolist()
     other = [*tokens[:2], 8, *tokens[3:]]
@@ -132,7 +132,7 @@ def test_step_finds_each_requests_tree():
 
 def test_cut_to_a_chain_is_no_tree():
     """The beginning of a tree may be a chain: then the step needs no tree at all."""
-    from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
+    from vllm_msd.vllm_plugin.cpu.step import StepTrees
 
     metadata = spec_metadata([[4]])
     assert not StepTrees.build(metadata, [(TOKENS, PARENTS)]).has_trees
@@ -259,15 +259,15 @@ def test_draft_probabilities_are_refused():
 def test_trees_on_another_device_need_the_other_runner(monkeypatch):
     from vllm.platforms import current_platform
 
-    from vllm_msd.vllm_plugin import worker_hook
+    from vllm_msd.vllm_plugin import runners
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER"), worker_hook._tree_runner():
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER"), runners._tree_runner():
         pass
 
 
 def test_levels_larger_than_the_buffers_are_refused():
-    from vllm_msd.vllm_plugin.trees.settings import check_level_rows
+    from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows
 
     draft = SimpleNamespace(msd_tree_depth=3, msd_tree_top_k=4)
     config = SimpleNamespace(
@@ -286,11 +286,11 @@ def test_levels_larger_than_the_buffers_are_refused():
 @pytest.mark.parametrize("source", ["TreeModelRunner", "TreeProposer", "TreeRejectionSampler"])
 def test_overrides_fit_vllm(source, monkeypatch):
     """They are checked when a worker starts; a method that vLLM has renamed is refused."""
-    from vllm_msd.vllm_plugin.patching import PatchError
-    from vllm_msd.vllm_plugin.trees import runner_v1
-    from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+    from vllm_msd.vllm_plugin.cpu import runner
+    from vllm_msd.vllm_plugin.patches.overrides import check_overrides
+    from vllm_msd.vllm_plugin.patches.patching import PatchError
 
-    cls = getattr(runner_v1, source)
+    cls = getattr(runner, source)
     check_overrides(cls)
     name = next(n for n, method in vars(cls).items() if getattr(method, "__override__", False))
     monkeypatch.setattr(cls, name + "_as_it_was_called", getattr(cls, name), raising=False)

@@ -21,7 +21,7 @@ from tests.common import tiny
 from tests.common.tree_batches import Request, chain, make_batch, unrolled_attention
 from tests.common.worker import INTERPRETER
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.trees.attention import ATTRIBUTE, TreeRows
+from vllm_msd.vllm_plugin.trees.rows import ATTRIBUTE, TreeRows
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,7 +86,7 @@ def make_layer(config, backend=None, **arguments):
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_msd.vllm_plugin.trees.triton_attention import TreeTritonAttentionBackend
+    from vllm_msd.vllm_plugin.gpu.attention import TreeTritonAttentionBackend
 
     arguments = {"num_heads": HEADS, "head_size": HEAD_SIZE, "num_kv_heads": KV_HEADS} | arguments
     config.compilation_config.static_forward_context.clear()
@@ -303,7 +303,7 @@ def test_trees_nobody_announced_are_refused(configs):
 def test_layers_with_another_backend_are_refused(configs):
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    from vllm_msd.vllm_plugin.trees.triton_attention import check_backend
+    from vllm_msd.vllm_plugin.gpu.attention import check_backend
 
     check_backend([make_layer(configs["trees"])])
     with pytest.raises(ConfigError, match="got TRITON_ATTN, but draft trees"):
@@ -311,14 +311,14 @@ def test_layers_with_another_backend_are_refused(configs):
 
 
 def test_it_replaces_methods_that_vllm_has():
-    from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-    from vllm_msd.vllm_plugin.trees.triton_attention import TreeTritonAttentionImpl
+    from vllm_msd.vllm_plugin.gpu.attention import TreeTritonAttentionImpl
+    from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 
     check_overrides(TreeTritonAttentionImpl)
 
 
 def test_other_platforms_are_refused():
-    from vllm_msd.vllm_plugin.trees.triton_attention import register
+    from vllm_msd.vllm_plugin.gpu.attention import register
 
     with pytest.raises(ConfigError, match="on NVIDIA GPUs and on the CPU, not on"):
         register()

@@ -57,7 +57,7 @@ def _report(line: str) -> None:
 
 def _known_target(src: str) -> str | None:
     """The target of a published draft, told by its name, also of a local copy's folder."""
-    from vllm_msd.vllm_plugin.resolve import PUBLISHED_DRAFTS
+    from vllm_msd.vllm_plugin.configuration.resolve import PUBLISHED_DRAFTS
 
     by_name = {draft.split("/")[1]: target for target, draft in PUBLISHED_DRAFTS.items()}
     return by_name.get(Path(src).name)

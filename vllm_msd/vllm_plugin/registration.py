@@ -1,6 +1,6 @@
 """What MSD registers through official interfaces: no patch of vLLM or Transformers."""
 
-from vllm_msd.vllm_plugin.hf_config import MSDCheckpointConfig
+from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig
 
 # Names start with "Eagle" so that vLLM's EAGLEConfig keeps them as they are.
 DRAFT_ARCHITECTURES = {

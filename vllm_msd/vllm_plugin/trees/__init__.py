@@ -1,1 +1,1 @@
-"""Draft trees inside vLLM: attention, acceptance and drafting for both model runners."""
+"""What both model runners share about draft trees."""

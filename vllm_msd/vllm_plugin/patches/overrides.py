@@ -6,7 +6,7 @@ these cases and nobody would notice.
 
 import inspect
 
-from vllm_msd.vllm_plugin.patching import SUPPORTED_RANGE, PatchError, vllm_version
+from vllm_msd.vllm_plugin.patches.patching import SUPPORTED_RANGE, PatchError, vllm_version
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

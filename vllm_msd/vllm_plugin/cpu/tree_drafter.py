@@ -13,10 +13,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from vllm_msd.tree import DraftTree, grow_tree
-from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
-from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach, draft_level
+from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
+from vllm_msd.vllm_plugin.cpu.chain_drafter import MSDProposer
 from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
-from vllm_msd.vllm_plugin.trees.settings import check_level_rows, tree_config
+from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach, draft_level
 
 
 class TreeProposer(MSDProposer):

@@ -1,20 +1,9 @@
 """The ledger: every place where MSD changes vLLM, with its reason and when it can go.
 
-`python -m vllm_msd.vllm_plugin.patches` prints the list as the table of docs/architecture.md;
-`--check-source DIR` checks the records against an unpacked vLLM without importing it.
+`python -m vllm_msd.vllm_plugin.patches` prints it as the table of docs/architecture.md.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-from vllm_msd.vllm_plugin.patching import (
-    SUPPORTED_VERSIONS,
-    Patch,
-    check_source,
-    check_version,
-    version_in_source,
-)
+from vllm_msd.vllm_plugin.patches.patching import SUPPORTED_VERSIONS, Patch
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -23,7 +12,7 @@ PATCHES: tuple[Patch, ...] = (
         parameters=dict.fromkeys(
             SUPPORTED_VERSIONS, ("self", "target_model_config", "target_parallel_config")
         ),
-        make="vllm_msd.vllm_plugin.engine_args:wrap_create_speculative_config",
+        make="vllm_msd.vllm_plugin.configuration.engine_args:wrap_create_speculative_config",
         what="Turns method `msd` into vLLM's `eagle` with the draft found, and runs the guards.",
         why="vLLM's speculative methods are a closed list and its config forbids other keys.",
         remove_when="vLLM lets a plugin register a speculative method.",
@@ -35,7 +24,7 @@ PATCHES: tuple[Patch, ...] = (
             "0.32": ("hf_config",),
             "0.33": ("hf_config", "transformers_mtp_overrides"),
         },
-        make="vllm_msd.vllm_plugin.engine_args:wrap_hf_config_override",
+        make="vllm_msd.vllm_plugin.configuration.engine_args:wrap_hf_config_override",
         what="Replaces the config of an MSD checkpoint by a Llama or Qwen2 one of our draft class.",
         why="Published drafts call themselves `llava` or `qwen2_vl` and read as whole targets.",
         remove_when="vLLM lets a plugin register a speculative method or a draft config override.",
@@ -45,7 +34,7 @@ PATCHES: tuple[Patch, ...] = (
         name="command-line",
         target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("parser",)),
-        make="vllm_msd.vllm_plugin.engine_args:wrap_add_cli_args",
+        make="vllm_msd.vllm_plugin.configuration.engine_args:wrap_add_cli_args",
         what="Adds `--speculative-model`, `--num-speculative-tokens` and `--spec-method msd`.",
         why="The flags are generated from vLLM's own config fields.",
         remove_when="vLLM lets a plugin add engine arguments.",
@@ -55,7 +44,7 @@ PATCHES: tuple[Patch, ...] = (
         name="v1-drafter",
         target="vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
-        make="vllm_msd.vllm_plugin.worker_hook:wrap_init_device",
+        make="vllm_msd.vllm_plugin.runners:wrap_init_device",
         what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built; "
         "for draft trees, puts our subclass in the place of the CPU's runner.",
         why="The EAGLE drafter of V1 feeds the draft a wrong row at the end of a prompt chunk, "
@@ -77,7 +66,7 @@ PATCHES: tuple[Patch, ...] = (
         name="v2-speculator",
         target="vllm.v1.worker.gpu.spec_decode:init_speculator",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("vllm_config", "device", "req_states")),
-        make="vllm_msd.vllm_plugin.worker_hook:wrap_init_speculator",
+        make="vllm_msd.vllm_plugin.runners:wrap_init_speculator",
         what="Gives Model Runner V2 the speculator that drafts trees, where an engine has them.",
         why="vLLM drafts and verifies chains; which speculator it builds is a closed list.",
         remove_when="vLLM lets a plugin register a speculator.",
@@ -103,7 +92,7 @@ PATCHES: tuple[Patch, ...] = (
                 "MAX_NUM_TOKENS",
             ),
         ),
-        make="vllm_msd.vllm_plugin.cpu_sampling:wrap_expand_kernel",
+        make="vllm_msd.vllm_plugin.cpu.sampling_mends:wrap_expand_kernel",
         what="Writes each request's temperature, top-p and top-k to its drafted tokens.",
         why="Model Runner V1 on the CPU otherwise verifies sampled drafts with uninitialised ones.",
         remove_when="vLLM issue 55005 is closed in every supported version.",
@@ -113,7 +102,7 @@ PATCHES: tuple[Patch, ...] = (
         name="cpu-top-k",
         target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("logits", "k")),
-        make="vllm_msd.vllm_plugin.cpu_sampling:wrap_apply_top_k_only",
+        make="vllm_msd.vllm_plugin.cpu.sampling_mends:wrap_apply_top_k_only",
         what="Lets top-k sampling pass when a step has no drafted tokens.",
         why="Without top-p, Model Runner V1 on the CPU fails on the empty batch; the engine dies.",
         remove_when="vLLM's apply_top_k_only accepts an empty batch in every supported version.",
@@ -133,7 +122,7 @@ PATCHES: tuple[Patch, ...] = (
                 "shift_computed_tokens",
             ),
         ),
-        make="vllm_msd.vllm_plugin.encoder_lookahead:wrap_try_schedule_encoder_inputs",
+        make="vllm_msd.vllm_plugin.scheduling:wrap_try_schedule_encoder_inputs",
         what="Ends a prompt's chunk so that the draft can read the next image's first row, and "
         "lets the prompt go on when that image must wait for the one before it.",
         why="The draft reads one row ahead. vLLM 0.32 waits forever for both of two adjacent "
@@ -145,7 +134,7 @@ PATCHES: tuple[Patch, ...] = (
         name="sampling-params",
         target="vllm.sampling_params:SamplingParams._validate_spec_decode",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "speculative_config")),
-        make="vllm_msd.vllm_plugin.sampling_params:wrap_validate_spec_decode",
+        make="vllm_msd.vllm_plugin.configuration.sampling_params:wrap_validate_spec_decode",
         what="Lets min_p and logit_bias through to an engine that drafts trees.",
         why="vLLM refuses them with any speculation; trees are sampled row by row, so they hold.",
         remove_when="vLLM's rejection samplers of both runners apply them.",
@@ -181,23 +170,3 @@ def markdown_table(patches: tuple[Patch, ...] = PATCHES) -> str:
     rows = ["| patch | where | what | why | goes when |", "|---|---|---|---|---|"]
     rows += [f"| {p.name} | `{p.target}` | {p.what} | {p.why} | {p.remove_when} |" for p in patches]
     return "\n".join(["<!-- patches:begin -->", *rows, "<!-- patches:end -->"])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table, or check the records against unpacked sources (exit 1 on a mismatch)."""
-    parser = argparse.ArgumentParser(prog="python -m vllm_msd.vllm_plugin.patches")
-    parser.add_argument("--check-source", type=Path, metavar="DIR", help="folder holding vllm/")
-    parser.add_argument("--version", help="vLLM version of DIR (default: read from its files)")
-    args = parser.parse_args(argv)
-    if args.check_source is None:
-        print(markdown_table())
-        return 0
-    version = args.version or version_in_source(args.check_source)
-    check_version(version)
-    problems = check_source(args.check_source, version, PATCHES)
-    print("\n".join(problems) or f"{len(PATCHES)} patch points fit vLLM {version}")
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,10 +18,10 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_msd.kernels import AcceptedPaths, accept
 from vllm_msd.tree import settle_index
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
+from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 
 if TYPE_CHECKING:
-    from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
+    from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 
 
 class TreeRejectionSampler(RejectionSampler):

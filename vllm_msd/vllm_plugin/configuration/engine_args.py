@@ -14,8 +14,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin import guards, resolve
-from vllm_msd.vllm_plugin.hf_config import MSDCheckpointConfig, build_draft_hf_config
+from vllm_msd.vllm_plugin.configuration import guards, resolve
+from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
 
 if TYPE_CHECKING:

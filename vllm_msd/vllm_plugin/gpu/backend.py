@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from vllm_msd.vllm_plugin.trees.attention import TreeRows
+from vllm_msd.vllm_plugin.trees.rows import TreeRows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def register_attention(device: torch.device) -> None:
     """Put our attention backend in the place of vLLM's; call it before the target is loaded."""
     if device.type == "cpu":
-        from vllm_msd.vllm_plugin.trees.cpu_attention import register
+        from vllm_msd.vllm_plugin.cpu.attention import register
     else:
-        from vllm_msd.vllm_plugin.trees.triton_attention import register
+        from vllm_msd.vllm_plugin.gpu.attention import register
     register()
 
 
 def reserve_kv(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> None:
     """Make room in the KV cache, in place; call it before the cache is allocated."""
     if vllm_config.device_config.device_type == "cpu":
-        from vllm_msd.vllm_plugin.trees.cpu_scratch import add_scratch, scratch_blocks
+        from vllm_msd.vllm_plugin.cpu.scratch import add_scratch, scratch_blocks
 
         add_scratch(kv_cache_config, scratch_blocks(vllm_config))
 
@@ -56,14 +56,14 @@ def bind_kv(
     """
     layers = vllm_config.compilation_config.static_forward_context
     if vllm_config.device_config.device_type == "cpu":
-        from vllm_msd.vllm_plugin.trees.cpu_attention import settle_cpu
-        from vllm_msd.vllm_plugin.trees.cpu_scratch import bind_scratch
+        from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
+        from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch
 
         bind_scratch(kv_cache_config, layers)
         return lambda tree, root_rows, nodes: settle_cpu(tree, nodes, root_rows)
 
     from vllm_msd.kernels import LayerCaches, settle
-    from vllm_msd.vllm_plugin.trees.triton_attention import check_backend
+    from vllm_msd.vllm_plugin.gpu.attention import check_backend
 
     groups = []
     for number, group in enumerate(kv_cache_config.kv_cache_groups):

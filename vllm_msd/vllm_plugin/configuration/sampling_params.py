@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_msd.vllm_plugin.trees.settings import drafts_trees
+from vllm_msd.vllm_plugin.configuration.tree_settings import drafts_trees
 
 
 def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:

@@ -27,12 +27,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.tree import DraftTree, chain_parents, settle_index
-from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
-from vllm_msd.vllm_plugin.trees.backend import bind_kv
+from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
+from vllm_msd.vllm_plugin.gpu.backend import bind_kv
+from vllm_msd.vllm_plugin.gpu.sampler import TreeRejectionSampler
+from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.constrained import needs_chain
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.sampler_v2 import TreeRejectionSampler
-from vllm_msd.vllm_plugin.trees.settings import tree_config
+from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_msd.tree import Acceptance, accept
-from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
+from vllm_msd.vllm_plugin.cpu.step import StepTrees
 
 
 class TreeRejectionSampler(RejectionSampler):

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_msd.vllm_plugin.worker_hook import is_msd
+from vllm_msd.vllm_plugin.runners import is_msd
 
 
 def wrap_try_schedule_encoder_inputs(original: Callable[..., tuple]) -> Callable[..., tuple]:

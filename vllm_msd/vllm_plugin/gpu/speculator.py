@@ -32,12 +32,12 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.tree import DraftTree, grow_tree
-from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach, draft_level
-from vllm_msd.vllm_plugin.trees.backend import register_attention, reserve_kv
+from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
+from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
+from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
+from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
-from vllm_msd.vllm_plugin.trees.model_state_v2 import TreeModelState
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.settings import check_level_rows, tree_config
+from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach, draft_level
 
 
 class TreeSpeculator(EagleSpeculator):

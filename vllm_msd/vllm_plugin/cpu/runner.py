@@ -25,14 +25,14 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_msd.tree import settle_index
-from vllm_msd.vllm_plugin.trees.attention import TreeRows, attach
+from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
+from vllm_msd.vllm_plugin.cpu.sampler import TreeRejectionSampler
+from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch, scratch_blocks, with_scratch
+from vllm_msd.vllm_plugin.cpu.step import StepTrees
+from vllm_msd.vllm_plugin.cpu.tree_drafter import TreeProposer
+from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.constrained import needs_chain
-from vllm_msd.vllm_plugin.trees.cpu_attention import settle_cpu
-from vllm_msd.vllm_plugin.trees.cpu_scratch import bind_scratch, scratch_blocks, with_scratch
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.proposer_v1 import TreeProposer
-from vllm_msd.vllm_plugin.trees.sampler_v1 import TreeRejectionSampler
-from vllm_msd.vllm_plugin.trees.step_v1 import StepTrees
+from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach
 
 
 class TreeModelRunner(CPUModelRunner):

@@ -1,6 +1,6 @@
 """Tree attention on the CPU: vLLM's CPU_ATTN backend, fed with the paths of the trees.
 
-See ``cpu_paths`` for the split into paths and ``cpu_scratch`` for where their rows go. Everything
+See ``paths`` for the split into paths and ``scratch`` for where their rows go. Everything
 that touches the cache is either a copy of whole blocks or vLLM's own operation, so nothing here
 depends on the layout inside a block.
 """
@@ -20,9 +20,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
 )
 
-from vllm_msd.vllm_plugin.trees.attention import ATTRIBUTE, TreeRows
-from vllm_msd.vllm_plugin.trees.cpu_paths import PathCall, PathPlan, plan_paths
-from vllm_msd.vllm_plugin.trees.cpu_scratch import KERNEL_BLOCK_SIZE, Scratch
+from vllm_msd.vllm_plugin.cpu.paths import PathCall, PathPlan, plan_paths
+from vllm_msd.vllm_plugin.cpu.scratch import KERNEL_BLOCK_SIZE, Scratch
+from vllm_msd.vllm_plugin.trees.rows import ATTRIBUTE, TreeRows
 
 
 def register() -> None:
@@ -80,7 +80,7 @@ class _LayerRows:
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
-    """One layer's attention. ``scratch`` is set by `cpu_scratch.bind_scratch`."""
+    """One layer's attention. ``scratch`` is set by `scratch.bind_scratch`."""
 
     scratch: Scratch | None = None
 

@@ -11,7 +11,7 @@ context and the path's rows. A node is a query in exactly one of the paths that 
          |
          3
 
-Here is only the bookkeeping, on integers; the copies are in ``cpu_attention``.
+Here is only the bookkeeping, on integers; the copies are in ``attention``.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_msd.vllm_plugin.trees.attention import TreeRows
+from vllm_msd.vllm_plugin.trees.rows import TreeRows
 
 _UNSIGNED = (1 << 64) - 1
 

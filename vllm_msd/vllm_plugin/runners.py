@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.trees.settings import wants_trees
+from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
 
 
 def is_msd(vllm_config: Any) -> bool:
@@ -43,7 +43,7 @@ def _set_drafter(runner: Any, vllm_config: Any) -> None:
     """Give a runner of vLLM's own the drafter of chains."""
     from vllm.config import set_current_vllm_config
 
-    from vllm_msd.vllm_plugin.proposer_v1 import MSDProposer
+    from vllm_msd.vllm_plugin.cpu.chain_drafter import MSDProposer
 
     with set_current_vllm_config(vllm_config):
         runner.drafter = MSDProposer(vllm_config, runner.device, runner)
@@ -65,8 +65,8 @@ def _tree_runner() -> Iterator[None]:
         )
     from vllm.v1.worker import cpu_worker
 
-    from vllm_msd.vllm_plugin.trees import cpu_attention
-    from vllm_msd.vllm_plugin.trees.runner_v1 import TreeModelRunner
+    from vllm_msd.vllm_plugin.cpu import attention as cpu_attention
+    from vllm_msd.vllm_plugin.cpu.runner import TreeModelRunner
 
     cpu_attention.register()
     before = cpu_worker.CPUModelRunner
@@ -84,7 +84,7 @@ def wrap_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if not wants_trees(vllm_config):
             return original(vllm_config, device, req_states)
-        from vllm_msd.vllm_plugin.trees.speculator_v2 import TreeSpeculator
+        from vllm_msd.vllm_plugin.gpu.speculator import TreeSpeculator
 
         return TreeSpeculator(vllm_config, device)
 

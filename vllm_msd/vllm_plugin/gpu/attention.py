@@ -29,9 +29,9 @@ from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import TreeAttentionWorkspace, tree_attention
 from vllm_msd.kernels.tree_attention.api import HEAD_SIZES
-from vllm_msd.vllm_plugin.trees.attention import ATTRIBUTE
-from vllm_msd.vllm_plugin.trees.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.settings import wants_trees
+from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
+from vllm_msd.vllm_plugin.patches.overrides import check_overrides
+from vllm_msd.vllm_plugin.trees.rows import ATTRIBUTE
 
 # Larger batches are split less often; 67 MB for 32 heads of size 128.
 WORKSPACE_TOKENS = 128

@@ -1,0 +1,1 @@
+"""The GPU way, Model Runner V2: speculator, model state, sampler, attention."""
