@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.common import tiny
+from tests.common.cuda_graphs.engines import replays
 from tests.common.fp32_engine import acceptance, counted, open_engine, runner_of
 
 MAX_MODEL_LEN = 320
@@ -330,6 +331,7 @@ def chain_identity(
     return {
         "cases": results,
         "total": counted(acceptance(engine)),
+        "replays": replays(engine),
         "seconds": round(time.perf_counter() - started, 1),
     }
 

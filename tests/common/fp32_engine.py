@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
+# Engines of `cuda_graphs.engines.gpu_wiring` capture graphs in this mode; None: no graphs.
+CUDAGRAPH_MODE: str | None = None
+
 
 def open_engine(
     target: str,
@@ -51,7 +54,33 @@ def open_engine(
         if tree is not None:
             depth, top_k = tree
             settings["speculative_config"] |= {"tree_depth": depth, "tree_top_k": top_k}
-    return LLM(model=target, **{**settings, **options})
+    settings |= options
+    if CUDAGRAPH_MODE is not None:
+        settings |= _with_graphs(CUDAGRAPH_MODE, 1 + (spec_tokens if draft else 0), **settings)
+    return LLM(model=target, **settings)
+
+
+def _with_graphs(
+    mode: str, rows: int, *, max_num_seqs: int, max_num_batched_tokens: int, **_: Any
+) -> dict[str, Any]:
+    """Engine arguments for graphs of decoding batches, some of which have to be padded.
+
+    ``FULL`` replays prompts, too: one graph takes any step.
+
+    Args:
+        mode: vLLM's ``cudagraph_mode``.
+        rows: of a request that decodes.
+        max_num_seqs: the largest batch.
+        max_num_batched_tokens: the largest step.
+    """
+    requests = [n for n in (1, 2, 4, 6, 9, 16) if n <= max_num_seqs]
+    largest = [max_num_batched_tokens] if mode == "FULL" else []
+    compilation = {
+        "mode": 0,
+        "cudagraph_mode": mode,
+        "cudagraph_capture_sizes": sorted({*requests, *(n * rows for n in requests), *largest}),
+    }
+    return {"enforce_eager": False, "compilation_config": compilation}
 
 
 @contextmanager

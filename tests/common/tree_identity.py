@@ -23,6 +23,7 @@ from tests.common.chain_identity import (
     greedy,
     require_runner,
 )
+from tests.common.cuda_graphs.engines import replays
 from tests.common.fp32_engine import (
     acceptance,
     counted,
@@ -177,6 +178,7 @@ def tree_identity(
         "cases": results,
         "mutations": broken,
         "total": total,
+        "replays": replays(engine),
         "used_blocks": used_blocks,
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -22,6 +22,7 @@ JOBS = {
     "acceptance_counters": "tests.common.acceptance_counters:acceptance_counters",
     "chain": "tests.common.chain_identity:chain_identity",
     "draft_rows": "tests.common.draft_rows:draft_rows",
+    "graph_answers": "tests.common.cuda_graphs.answers:graph_answers",
     "greedy": "tests.common.lossless:greedy_identity",
     "random": "tests.common.tree_identity:random_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
@@ -31,9 +32,17 @@ JOBS = {
 
 
 def run_worker(
-    job: str, runner: str, timeout: float = 900, show_errors: bool = False, **arguments: Any
+    job: str,
+    runner: str,
+    timeout: float = 900,
+    show_errors: bool = False,
+    wiring: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Run a job of ``JOBS`` in a fresh process under the given model runner; returns its report.
+
+    ``wiring``: arguments of `cuda_graphs.engines.gpu_wiring` for the job's engines, under ``v2``;
+    None leaves them the CPU's attention.
 
     ``show_errors`` lets its standard error through as it comes, with the progress bars of long
     jobs.
@@ -61,7 +70,9 @@ def run_worker(
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        order = json.dumps({"job": job, "arguments": {"runner": runner, **arguments}})
+        order = json.dumps(
+            {"job": job, "wiring": wiring, "arguments": {"runner": runner, **arguments}}
+        )
         command = [sys.executable, "-m", "tests.common.worker", order, str(report)]
         process = subprocess.run(
             command,
@@ -83,12 +94,19 @@ def run_worker(
 def main() -> None:
     """The worker: one job, given as JSON, its report written to a file."""
     parser = argparse.ArgumentParser(prog="python -m tests.common.worker")
-    parser.add_argument("order", help='{"job": ..., "arguments": {...}}')
+    parser.add_argument("order", help='{"job": ..., "wiring": ..., "arguments": {...}}')
     parser.add_argument("report", type=Path, help="file to write")
     options = parser.parse_args()
     order = json.loads(options.order)
     module, _, function = JOBS[order["job"]].partition(":")
-    report = getattr(importlib.import_module(module), function)(**order["arguments"])
+    job = getattr(importlib.import_module(module), function)
+    if order["wiring"] is None:
+        report = job(**order["arguments"])
+    else:
+        from tests.common.cuda_graphs.engines import gpu_wiring
+
+        with gpu_wiring(**order["wiring"]):
+            report = job(**order["arguments"])
     options.report.write_text(json.dumps(report))
 
 

@@ -1,0 +1,73 @@
+"""One engine on the demo pair, and what can be compared between engines with and without graphs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from tests.common.cuda_graphs import sabotage
+from tests.common.cuda_graphs.engines import replays
+from tests.common.fp32_engine import acceptance, counted, forced_async_scheduling, open_engine
+from tests.common.lossless import demo_requests
+
+# At most 6 at a time come and go; the cache has room for them, and prompts are cut in chunks.
+OPTIONS = {
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 256,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 64 << 20,
+    "enable_prefix_caching": False,
+}
+
+
+def graph_answers(
+    *,
+    runner: str,
+    target: str,
+    draft: str | None,
+    requests: int,
+    tree: tuple[int, int] | None = None,
+    spec_tokens: int = 5,
+    longest: int = 24,
+    bug: str | None = None,
+    async_scheduling: bool = False,
+    sampled: bool = False,
+) -> dict[str, Any]:
+    """Answers, accepted counts and replays of an engine, under `engines.gpu_wiring` or not.
+
+    A wrong draft changes no token, so graphs are compared by the counts as well.
+
+    Args:
+        runner: ``v2``.
+        target, draft: folders; no draft, no speculation.
+        requests: how many, of every kind in turn, of different lengths.
+        tree: depth and width of trees; None for chains.
+        spec_tokens: of a chain, or nodes of a tree.
+        longest: tokens of the longest answers.
+        bug: a function in `sabotage`, done to the runner once its graphs are captured.
+        async_scheduling: schedule a step before the output of the one before is known.
+        sampled: at temperature 1 with a seed each.
+    """
+    from vllm import SamplingParams
+
+    asked = demo_requests(target, requests, [longest - 3 * (i % 4) for i in range(7)], seed=70_000)
+    params = [
+        SamplingParams(
+            temperature=1.0 if sampled else 0.0,
+            seed=i if sampled else None,
+            max_tokens=request.max_tokens,
+            ignore_eos=True,
+        )
+        for i, request in enumerate(asked)
+    ]
+    with forced_async_scheduling() if async_scheduling else nullcontext():
+        engine = open_engine(target, draft, spec_tokens, tree=tree, **OPTIONS)
+    if bug is not None:
+        worker = engine.llm_engine.model_executor.driver_worker.worker
+        getattr(sabotage, bug)(worker.model_runner)
+    outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
+    return {
+        "ids": [list(output.outputs[0].token_ids) for output in outputs],
+        "acceptance": counted(acceptance(engine)),
+        "replays": replays(engine),
+    }
