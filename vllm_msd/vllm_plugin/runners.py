@@ -1,9 +1,8 @@
 """Gives a worker of an MSD engine its drafter, or the runner that drafts trees.
 
 Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
-simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
-drives chains as it is, and gets our speculator for trees. Engines in the same process that
-speculate otherwise are not touched.
+simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2 gets
+our speculators. Engines in the same process that speculate otherwise are not touched.
 """
 
 import functools
@@ -82,10 +81,14 @@ def wrap_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if not wants_trees(vllm_config):
+        if not is_msd(vllm_config):
             return original(vllm_config, device, req_states)
-        from vllm_msd.vllm_plugin.gpu.speculator import TreeSpeculator
+        if wants_trees(vllm_config):
+            from vllm_msd.vllm_plugin.gpu.speculator import TreeSpeculator
 
-        return TreeSpeculator(vllm_config, device)
+            return TreeSpeculator(vllm_config, device)
+        from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
+
+        return ChainSpeculator(vllm_config, device)
 
     return init_speculator
