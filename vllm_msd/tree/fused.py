@@ -58,6 +58,9 @@ class Vocabulary:
     gather: Callable[[Tensor], Tensor] | None = None
 
 
+WHOLE = Vocabulary()
+
+
 @dataclass(frozen=True)
 class GrowthBuffers:
     """What growing writes on its way, made once for the largest batch.
@@ -96,7 +99,7 @@ def grow_tree_fused(
     place: DraftPlace,
     relations: tuple[Tensor, Tensor, Tensor],
     draft_tokens: Tensor,
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary: Vocabulary = WHOLE,
 ) -> None:
     """Grow one tree for each of R requests, padding requests included.
 
