@@ -97,7 +97,7 @@ def beam_step_kernel(
             rotary = tl.where(is_real, tl.minimum(first + level, max_model_len - 1), 0)
             tl.store(positions_ptr + target, tl.zeros([SLOTS], tl.int64) + rotary, mask=in_beam)
             position = first + level * K + row
-            has_slot = in_beam & is_real & (position < max_model_len)
+            has_slot = in_beam & (position < tl.where(is_real, max_model_len, 0))
             block = tl.load(
                 block_table_ptr + slot * stride_table + position // BLOCK_SIZE,
                 mask=has_slot,

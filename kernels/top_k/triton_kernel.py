@@ -56,15 +56,13 @@ def top_k_parts_kernel(
     group_best = tl.max(tl.where(real, order_key(x, column), NOTHING), 1)
     for i in range(K):
         best = tl.max(group_best, 0)
-        found = key_index(best)
-        value = key_value(best)
-        tl.store(
-            parts_ptr + i,
-            tl.where(best == NOTHING, NOTHING, order_key(value, first_id + found)),
-        )
+        # Nothing left: the first group is looked at in vain.
+        found = tl.where(best == NOTHING, begin, key_index(best))
+        key = order_key(key_value(best), first_id + found)
+        tl.store(parts_ptr + i, tl.where(best == NOTHING, NOTHING, key))
         its_group = (found - begin) // WIDTH
         again = begin + its_group * WIDTH + lane
-        wanted = (again < num_columns) & (best != NOTHING)
+        wanted = again < num_columns
         keys = order_key(_real_logits(logits_ptr + again, wanted), again)
         next_best = tl.max(tl.where(wanted & (keys < best), keys, NOTHING), 0)
         group_best = tl.where(group == its_group, next_best, group_best)

@@ -15,7 +15,7 @@ from vllm_msd.kernels import Beams, Candidates, DraftPlace, LevelInputs
 from vllm_msd.tree import DraftTree, TreeShape, grow_tree
 from vllm_msd.tree.fused import GrowthBuffers, Vocabulary, grow_tree_fused
 
-HIDDEN, BLOCK_SIZE, NUM_BLOCKS, PADDING = 24, 4, 40, -1
+HIDDEN, BLOCK_SIZE = 24, 4
 
 
 @dataclass
@@ -63,15 +63,15 @@ class GrowthBatch:
 
     @classmethod
     def make(
-        cls, draft: ToyDraft, shape: TreeShape, slots: list[int], max_model_len: int = 400
+        cls, draft: ToyDraft, shape: TreeShape, slots: list[int], seed: int = 0
     ) -> "GrowthBatch":
         """Positions start anywhere that leaves room for the drafted rows."""
-        g = torch.Generator().manual_seed(draft.seed + 1)
+        g = torch.Generator().manual_seed(seed)
         per_slot = 20
         table = torch.randperm((max(slots) + 1) * per_slot, generator=g).view(-1, per_slot).int()
         first = torch.randint(0, per_slot * BLOCK_SIZE, (len(slots),), generator=g)
         first = (first - shape.depth * shape.top_k).clamp(min=0)
-        place = DraftPlace(first, torch.tensor(slots), table, BLOCK_SIZE, max_model_len)
+        place = DraftPlace(first, torch.tensor(slots), table, BLOCK_SIZE, 400)
         place = DraftPlace(*(t.to(draft.device) for t in place[:3]), *place[3:])
         hidden = torch.randn(len(slots), HIDDEN, generator=g).to(draft.device)
         return cls(draft, shape, place, hidden)
@@ -122,9 +122,9 @@ class GrowthBatch:
         place, k = self.place, self.shape.top_k
         num_rows = len(self.root_hidden) * k
         cache = torch.zeros(place.block_table.numel() * BLOCK_SIZE + 1, device=self.draft.device)
-        slots = place.slots.clamp(min=0).repeat_interleave(k)
 
         def expand(level, ancestors, tree_start):
+            slots = place.slots.clamp(min=0).repeat_interleave(k)
             cache[inputs.kv_slots[:num_rows]] = inputs.input_ids[:num_rows].float()  # -1: the last
             bit = torch.arange((level + 1) * k, device=ancestors.device)
             seen = (ancestors[:, None] >> bit & 1).bool()
@@ -138,25 +138,56 @@ class GrowthBatch:
 
         return expand
 
-    def by_kernels(self, vocabulary: Vocabulary | None = None) -> DraftTree:
-        """Trees of the requests that are none of the padding."""
-        inputs, relations = self.inputs(), self.relations()
+    def prepared(self, vocabulary: Vocabulary | None = None):
+        """A call that grows by kernels into buffers of its own, and one that looks at the trees."""
+        inputs, relations, buffers = self.inputs(), self.relations(), self.buffers()
+        expand = self.expand_paged(inputs)
         drafts = torch.zeros(
             len(self.root_hidden) + 1, self.shape.total_tokens - 1, dtype=torch.int64
         ).to(self.draft.device)
-        grow_tree_fused(
-            self.draft.logits(self.root_hidden), self.root_hidden, self.expand_paged(inputs),
-            self.buffers(), inputs, self.place, relations, drafts, vocabulary or Vocabulary(),
-        )  # fmt: skip
-        return self.stored(relations, drafts)
 
-    def stored(self, relations: tuple[Tensor, Tensor, Tensor], drafts: Tensor) -> DraftTree:
-        real = self.place.slots >= 0
-        tokens = drafts[: len(real)][real]
-        roots = tokens.new_zeros(len(tokens), 1)
-        return DraftTree(
-            torch.cat([roots, tokens], 1), *(x[self.place.slots[real]] for x in relations)
-        )
+        def grow() -> None:
+            grow_tree_fused(
+                self.draft.logits(self.root_hidden), self.root_hidden, expand,
+                buffers, inputs, self.place, relations, drafts, vocabulary or Vocabulary(),
+            )  # fmt: skip
+
+        def trees() -> DraftTree:
+            real = self.place.slots >= 0
+            tokens = drafts[: len(real)][real]
+            return DraftTree(
+                torch.cat([tokens.new_zeros(len(tokens), 1), tokens], 1),
+                *(x[self.place.slots[real]] for x in relations),
+            )
+
+        return grow, trees
+
+    def by_kernels(self, vocabulary: Vocabulary | None = None) -> DraftTree:
+        """Trees of the requests that are none of the padding."""
+        grow, trees = self.prepared(vocabulary)
+        grow()
+        return trees()
+
+    def capture(self):
+        """Grow once into a CUDA graph; returns a call that replays it and gives the trees."""
+        grow, trees = self.prepared()
+        grow()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            grow()
+
+        def replay() -> DraftTree:
+            graph.replay()
+            return trees()
+
+        return replay
+
+    def take_over(self, other: "GrowthBatch") -> None:
+        """The contents of another batch of this size, in place."""
+        self.root_hidden.copy_(other.root_hidden)
+        for mine, its in zip(self.place[:3], other.place[:3], strict=True):
+            mine.copy_(its)
 
     def assert_grows_the_same(self) -> None:
         expected, found = self.by_definition(), self.by_kernels()
