@@ -225,6 +225,10 @@ class EagleMsdForCausalLM(nn.Module):
             is_multimodal=is_multimodal,
         )
 
+    def embed_drafted(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[T]`` tokens that the draft itself proposed, all in the table, to ``[T, H]``."""
+        return self.model.embed_tokens(input_ids)
+
     def _in_table(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids outside the table (placeholders of some targets, stale rows) become ids inside it."""
         return input_ids.clamp(0, self.vocab_size - 1)
@@ -250,6 +254,10 @@ class EagleMsdForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """``[T, H]`` to ``[T, vocab]`` by the target's head, without a norm before it."""
         return self.logits_processor(self.lm_head, hidden_states)
+
+    def local_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` to ``[T, columns]`` of this rank's part of the head, its padding included."""
+        return self.logits_processor(self.lm_head, hidden_states, skip_gather=True)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` to ``[T]`` most likely tokens, without gathering logits of all ranks."""

@@ -1,8 +1,8 @@
 """Gives a worker of an MSD engine its drafter, or the runner that drafts trees.
 
 Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
-simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2 gets
-our speculators. Engines in the same process that speculate otherwise are not touched.
+simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
+gets our speculators. Engines in the same process that speculate otherwise are not touched.
 """
 
 import functools

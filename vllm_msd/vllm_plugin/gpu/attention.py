@@ -41,22 +41,25 @@ _CHAIN = "Draft a chain instead: set tree_top_k to 1."
 def register() -> None:
     """Put this backend in the place of vLLM's TRITON_ATTN, for engines made from now on.
 
+    On a CPU the place is that of the one backend there, see `backend.attends_over_paths`.
+
     Call it in each worker process of an engine with trees, before the target is loaded: attention
     layers ask for the backend as they are built. Without trees on the metadata the backend does
     what its parent does.
 
     Raises:
-        ConfigError: the platform is not CUDA.
+        ConfigError: the platform has no such backend.
         PatchError: vLLM's backend has changed.
     """
     check_overrides(TreeTritonAttentionImpl)
 
-    if not current_platform.is_cuda():
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
         raise ConfigError(
             f"draft trees run on NVIDIA GPUs and on the CPU, not on {current_platform.device_name}."
             f" {_CHAIN}"
         )
-    replace_backend("TRITON_ATTN", TreeTritonAttentionBackend)
+    place = "CPU_ATTN" if current_platform.is_cpu() else "TRITON_ATTN"
+    replace_backend(place, TreeTritonAttentionBackend)
 
 
 def check_backend(layers: Iterable[Any]) -> None:

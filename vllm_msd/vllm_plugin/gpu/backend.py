@@ -1,10 +1,14 @@
-"""Model Runner V2: what draft trees do differently on a GPU and on the CPU, chosen here only."""
+"""Model Runner V2: how draft trees attend and settle, chosen here only.
+
+The attention backend that vLLM would use decides, not the device: in place of its CPU backend
+attention runs over paths, in place of TRITON_ATTN through the tree kernel. Tests put TRITON_ATTN
+in the CPU backend's place, and the kernels then run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from vllm_msd.tree import TreeRows
@@ -15,9 +19,20 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.block_table import BlockTables
 
 
-def register_attention(device: torch.device) -> None:
+def attends_over_paths() -> bool:
+    """Whether vLLM's backend here is the CPU's, or ours in its place."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return current_platform.is_cpu() and issubclass(
+        AttentionBackendEnum.CPU_ATTN.get_class(), CPUAttentionBackend
+    )
+
+
+def register_attention() -> None:
     """Put our attention backend in the place of vLLM's; call it before the target is loaded."""
-    if device.type == "cpu":
+    if attends_over_paths():
         from vllm_msd.vllm_plugin.cpu.attention import register
     else:
         from vllm_msd.vllm_plugin.gpu.attention import register
@@ -26,7 +41,7 @@ def register_attention(device: torch.device) -> None:
 
 def reserve_kv(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> None:
     """Make room in the KV cache, in place; call it before the cache is allocated."""
-    if vllm_config.device_config.device_type == "cpu":
+    if attends_over_paths():
         from vllm_msd.vllm_plugin.cpu.scratch import add_scratch, scratch_blocks
 
         add_scratch(kv_cache_config, scratch_blocks(vllm_config))
@@ -55,7 +70,7 @@ def bind_kv(
         ConfigError: an attention layer would ignore the trees.
     """
     layers = vllm_config.compilation_config.static_forward_context
-    if vllm_config.device_config.device_type == "cpu":
+    if attends_over_paths():
         from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
         from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch
 

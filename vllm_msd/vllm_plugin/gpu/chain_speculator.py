@@ -10,8 +10,8 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 class ChainSpeculator(EagleSpeculator):
     """EAGLE's speculator, whose full CUDA graphs take decoding batches only.
 
-    With ``cudagraph_mode=FULL`` vLLM replays the draft's prefill for prompts too. Such a graph knows
-    no images, and their rows would be drafted as text: output stays right, acceptance falls.
+    With ``cudagraph_mode=FULL`` vLLM replays the draft's prefill for prompts too. Such a graph
+    knows no images, and their rows would be drafted as text: output stays right, acceptance falls.
     """
 
     @override

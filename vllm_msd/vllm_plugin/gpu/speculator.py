@@ -1,11 +1,12 @@
 """Model Runner V2: drafts a tree for each request instead of a chain.
 
-The draft's prefill is vLLM's own, on rows gathered along the accepted path. The levels
-after it run eagerly, also where the target runs in CUDA graphs.
+The draft's prefill is vLLM's own, on rows gathered along the accepted path. All levels after it are
+one CUDA graph for each number of requests, where the target decodes in graphs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -24,44 +27,50 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
-    SpeculatorCudaGraphManager,
-)
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.tree import (
-    DraftLevels,
-    DraftTree,
-    TreeRows,
-    draft_level,
-    grow_tree,
-    lay_out_chains,
-)
-from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
+from vllm_msd.kernels import DraftPlace, LevelInputs
+from vllm_msd.kernels.top_k.api import PART_COLUMNS
+from vllm_msd.tree import DraftTree, TreeRows, lay_out_chains
+from vllm_msd.tree.fused import WHOLE, GrowthBuffers, Vocabulary, grow_tree_fused
+from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
 from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
+from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
+from vllm_msd.vllm_plugin.gpu.tree_graphs import TreeCudaGraphManager
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.attention import attach
 
+LOGITS_BYTES = 128 << 20  # at most, of the logits of one level
 
-class TreeSpeculator(EagleSpeculator):
+
+class TreeSpeculator(ChainSpeculator):
     """EAGLE's speculator, growing a tree from the draft's last row on.
 
-    A level feeds ``top_k`` rows a request to the draft, where `DraftLevels` says they stand.
+    A level feeds ``top_k`` rows a request to the draft, where `beam_step` puts them. More requests
+    than `requests_at_once` are drafted for in turn, so that a level's rows fit vLLM's buffers and
+    its logits stay small.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        check_overrides(TreeSpeculator)
-        check_level_rows(vllm_config)
-        register_attention(device)
+        for cls in (TreeSpeculator, ChainSpeculator, TreeCudaGraphManager):
+            check_overrides(cls)
+        register_attention()
         super().__init__(vllm_config, device)
         self.shape = tree_config(vllm_config).shape
         k = self.num_query_per_req = self.shape.top_k  # vLLM sizes its dummy runs by this
-        self.query_starts = torch.arange(
-            0, (self.max_num_reqs + 1) * k, k, dtype=torch.int32, device=device
+        requests = self.max_num_reqs
+        self.query_starts = torch.arange(0, (requests + 1) * k, k, dtype=torch.int32, device=device)
+        # What the draft's prefill leaves, out of the way of the levels' rows.
+        self.first = torch.zeros(requests, dtype=torch.int64, device=device)
+        self.root_hidden = torch.zeros(
+            requests, self.hidden_states.shape[1], dtype=self.hidden_states.dtype, device=device
         )
+        # In the memory profile there is no KV cache, and no request has a slot.
+        self.block_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        self.kv_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int64, device=device)
+        self.block_size = 1
 
     @override
     def load_model(self, target_model: nn.Module) -> None:
@@ -74,6 +83,29 @@ class TreeSpeculator(EagleSpeculator):
                 "it. Leave tree_depth and tree_top_k out to draft chains."
             )
         target_model.get_model_state_cls = lambda: TreeModelState
+        columns, self.vocabulary = self._vocabulary()
+        k = self.shape.top_k
+        level_bytes = k * columns * self.dtype.itemsize
+        self.requests_at_once = max(
+            1, min(self.max_num_reqs, self.max_num_tokens // k, LOGITS_BYTES // level_bytes)
+        )
+        self.buffers = GrowthBuffers.allocate(
+            self.shape, self.requests_at_once, columns, self.device
+        )
+
+    def _vocabulary(self) -> tuple[int, Vocabulary]:
+        """Columns of the head that this rank looks at, and what they stand for."""
+        ranks, columns = get_tensor_model_parallel_world_size(), self.model.vocab_size
+        head = self.model.lm_head
+        width = head.num_embeddings_per_partition
+        last = columns - (ranks - 1) * width
+        # Ranks exchange equally many parts; otherwise logits are gathered, as vLLM does.
+        if ranks == 1 or cdiv(last, PART_COLUMNS) != cdiv(width, PART_COLUMNS):
+            return columns, WHOLE
+        return head.shard_indices.num_org_elements, Vocabulary(
+            first_column=head.shard_indices.org_vocab_start_index,
+            gather=lambda parts: tensor_model_parallel_all_gather(parts, dim=1),
+        )
 
     @override
     def set_attn(
@@ -89,13 +121,29 @@ class TreeSpeculator(EagleSpeculator):
             model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups
         )
         reserve_kv(kv_cache_config, self.vllm_config)
+        groups = kv_cache_config.kv_cache_groups
+        (group,) = {
+            number
+            for number, group in enumerate(groups)
+            for name in group.layer_names
+            if name in self.draft_attn_layer_names
+        }
+        self.kv_slots = block_tables.slot_mappings[group]
+        self.block_table = block_tables.block_tables[group].gpu
+        self.block_size = block_tables.block_sizes[group]
 
     @override
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """As the base class, without graphs for the draft levels."""
+        """As the base class, with graphs of whole rounds in the place of a chain's steps."""
         super().init_cudagraph_manager(cudagraph_mode)
-        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(
-            self.vllm_config, self.device, CUDAGraphMode.NONE, decode_query_len=1
+        mode = CUDAGraphMode.NONE
+        # Otherwise each level needs metadata that the host has built.
+        if self.supports_decode_metadata_update and (
+            cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        ):
+            mode = CUDAGraphMode.FULL_DECODE_ONLY
+        self.decode_cudagraph_manager = TreeCudaGraphManager(
+            self.vllm_config, self.device, mode, self.shape.top_k
         )
 
     @override
@@ -159,78 +207,207 @@ class TreeSpeculator(EagleSpeculator):
         )
         if num_speculative_tokens == 0:
             return drafts
-        tree = self._grow(
-            last_sampled[slots, 0],
+        self._draft(
+            num_reqs,
             input_batch.seq_lens_cpu_upper_bound[:num_reqs],
             with_attention=not (dummy_run and skip_attn_for_dummy_run),
+            eager=is_profile,
         )
         if not dummy_run:  # a dummy batch names the slots of real requests
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
-                tree = lay_out_chains(tree, async_tensor_h2d(as_chain, device=self.device))
-            self.model_state.store.put(slots, tree)
-        self.draft_tokens[:num_reqs] = tree.tokens[:, 1:]
+                self._turn_into_chains(slots, async_tensor_h2d(as_chain, device=self.device))
         return self.draft_tokens[:num_reqs]
 
-    def _grow(
-        self, root_tokens: torch.Tensor, seq_lens_cpu: torch.Tensor, with_attention: bool
-    ) -> DraftTree:
-        """Grow trees from what the draft prefill left in the buffers.
+    def _draft(
+        self, num_reqs: int, seq_lens_cpu: torch.Tensor, with_attention: bool, eager: bool
+    ) -> None:
+        """Grow trees from what the draft's prefill left in the buffers, by a graph if there is one.
 
         Args:
-            root_tokens: ``[R]`` int64.
+            num_reqs: R.
             seq_lens_cpu: ``[R]`` int32 on the host, at least the requests' lengths.
             with_attention: False in the memory profile, where there is no KV cache yet.
+            eager: True where no graph may be used.
         """
-        k, buffers = self.shape.top_k, self.input_buffers
-        num_reqs = len(root_tokens)
-        num_rows = num_reqs * k
-        last_hidden = self.hidden_states[:num_reqs].clone()
-        levels = DraftLevels(
-            buffers.positions[:num_reqs] + 1, self.shape.depth, k, self.max_model_len
-        )
-        tree_start = levels.tree_start()
-        tree: TreeRows | None = None
-        buffers.query_start_loc.copy_(self.query_starts.clamp(max=num_rows))
+        k, step = self.shape.top_k, self.requests_at_once
+        if num_reqs <= step and with_attention and not eager:
+            self._set_query_starts(num_reqs)
+            desc = self.decode_cudagraph_manager.dispatch(num_reqs, num_reqs * k, k, 0)
+            if desc.cg_mode == CUDAGraphMode.FULL:
+                for groups in self.attn_groups:
+                    for group in groups:
+                        group.map_to_kernel_block_table(
+                            self.block_tables.input_block_tables[group.kv_cache_group_id]
+                        )
+                self.decode_cudagraph_manager.run_fullgraph(desc)
+                return
         longest = int(seq_lens_cpu.max()) + self.shape.depth * k
         self.draft_max_seq_len = min(longest, self.max_model_len)
-        step = BatchExecutionDescriptor(
-            cg_mode=CUDAGraphMode.NONE, num_tokens=num_rows, num_reqs=num_reqs
+        self._keep_roots(num_reqs)
+        for begin in range(0, num_reqs, step):
+            chosen = slice(begin, min(begin + step, num_reqs))
+            count = chosen.stop - begin
+            self._set_query_starts(count)
+            if not with_attention:
+                self._grow(chosen, None, None)
+                continue
+            if num_reqs > step:
+                self.block_tables.gather_block_tables(self.idx_mapping[chosen], count)
+            metadata_of = self._fresh_metadata(count, seq_lens_cpu[chosen])
+            self._grow(chosen, self._slot_mappings(count), metadata_of)
+
+    def _set_query_starts(self, num_reqs: int) -> None:
+        """``query_start_loc`` of a level; the padding requests of a graph get no rows."""
+        torch.clamp(
+            self.query_starts,
+            max=num_reqs * self.shape.top_k,
+            out=self.input_buffers.query_start_loc,
         )
+
+    def _keep_roots(self, num_reqs: int) -> None:
+        """Move what the draft's prefill left out of the way of the levels' rows."""
+        torch.add(self.input_buffers.positions[:num_reqs], 1, out=self.first[:num_reqs])
+        self.root_hidden[:num_reqs].copy_(self.hidden_states[:num_reqs])
+        # The levels' rows are text, whatever the prefill's were.
+        self.model.is_visual.zero_()
+
+    def _slot_mappings(self, num_reqs: int) -> dict[str, torch.Tensor]:
+        """KV slots of a level's rows by layer, views of vLLM's buffer."""
+        num_rows = num_reqs * self.shape.top_k
+        return build_slot_mappings_by_layer(
+            self.block_tables.slot_mappings[:, :num_rows], self.kv_cache_config
+        )
+
+    def _fresh_metadata(
+        self, num_reqs: int, seq_lens_cpu: torch.Tensor
+    ) -> Callable[[int], dict[str, Any]]:
+        """Attention metadata of each level, built on the host."""
+        k = self.shape.top_k
+        desc = BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE, num_tokens=num_reqs * k, num_reqs=num_reqs
+        )
+
+        def build(level: int) -> dict[str, Any]:
+            return self._build_uniform_attn_metadata(
+                desc, num_reqs, k, seq_lens_cpu, (level + 1) * k
+            )
+
+        return build
+
+    @override
+    def _generate_fused_drafts(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int = 0,
+    ) -> None:
+        """What vLLM captures: all levels, over one metadata object that is brought up to date."""
+
+        def update(level: int) -> dict[str, Any]:
+            self._update_draft_decode_metadata(attn_metadata, num_reqs)
+            return attn_metadata
+
+        self._keep_roots(num_reqs)
+        self._grow(slice(0, num_reqs), slot_mappings, update)
+
+    def _grow(
+        self,
+        chosen: slice,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        metadata_of: Callable[[int], dict[str, Any]] | None,
+    ) -> None:
+        """Grow the trees of some requests; writes `draft_tokens` and the store.
+
+        Reads the roots' buffers, `idx_mapping`, ``query_start_loc`` and the block tables. Nothing
+        here is read on the host, so a CUDA graph can be made of it.
+
+        Args:
+            chosen: which requests of the batch, a graph's padding included.
+            slot_mappings: by layer, of a level's rows; None without attention.
+            metadata_of: a level's attention metadata, once its rows are in their buffers.
+        """
+        inputs, store = self.input_buffers, self.model_state.store
+        place = DraftPlace(
+            self.first[chosen],
+            self.idx_mapping[chosen],
+            self.block_table,
+            self.block_size,
+            self.max_model_len,
+        )
+        rows = LevelInputs(
+            inputs.input_ids, inputs.positions, self.kv_slots, inputs.seq_lens, self.hidden_states
+        )
+        tree: TreeRows | None = None
 
         def expand(
-            tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, level: int
+            level: int, ancestors: torch.Tensor, tree_start: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal tree
-            tree = draft_level(tree_start, visible, tree)
-            buffers.input_ids[:num_rows] = tokens.flatten()
-            self.hidden_states[:num_rows] = hidden.flatten(0, 1)
-            metadata = slot_mappings = None
-            if with_attention:
-                slot_mappings = self._slot_mappings(*levels.kv_positions(level), num_reqs)
-                buffers.seq_lens[:num_reqs] = levels.seq_lens(level)
-            buffers.positions[:num_rows] = levels.rotary_positions(level)
-            if with_attention:
-                metadata = self._build_uniform_attn_metadata(
-                    step, num_reqs, k, seq_lens_cpu, (level + 1) * k
-                )
+            metadata = None
+            if metadata_of is not None:
+                tree = TreeRows(tree_start, ancestors, is_draft=True, older=tree)
+                metadata = metadata_of(level)
                 attach(metadata, tree)
-            last, out = self._run_model(num_rows, metadata, slot_mappings, None)
-            logits = self.compute_draft_logits(last[:num_rows], 0)
-            return logits.unflatten(0, (num_reqs, k)), out[:num_rows].unflatten(0, (num_reqs, k))
+            hidden = self._run_level(len(ancestors), metadata, slot_mappings)
+            return self._logits(hidden), hidden
 
-        root_logits = self.compute_draft_logits(last_hidden, 0)
-        return grow_tree(root_tokens, root_logits, last_hidden, expand, self.shape)
-
-    def _slot_mappings(
-        self, positions: torch.Tensor, is_past: torch.Tensor, num_reqs: int
-    ) -> dict[str, torch.Tensor]:
-        """KV slots of a level's rows by layer, from `DraftLevels.kv_positions` of R requests."""
-        slots = self.block_tables.compute_slot_mappings(
-            self.idx_mapping[:num_reqs],
-            self.input_buffers.query_start_loc[: num_reqs + 1],
-            positions,
-            len(positions),
+        root_hidden = self.root_hidden[chosen]
+        grow_tree_fused(
+            self._logits(root_hidden),
+            root_hidden,
+            expand,
+            self.buffers,
+            rows,
+            place,
+            (store.parents, store.depths, store.ancestors),
+            self.draft_tokens[chosen],
+            self.vocabulary,
         )
-        slots.masked_fill_(is_past, PAD_SLOT_ID)
-        return build_slot_mappings_by_layer(slots, self.kv_cache_config)
+
+    def _run_level(
+        self,
+        num_rows: int,
+        metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The draft's output ``[rows, H]`` for the rows in the buffers, all of them text."""
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=num_rows,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=num_rows),
+        ):
+            _, hidden = self.model(
+                input_ids=None,
+                positions=self.input_buffers.positions[:num_rows],
+                hidden_states=self.hidden_states[:num_rows],
+                inputs_embeds=self.model.embed_drafted(self.input_buffers.input_ids[:num_rows]),
+            )
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[rows, columns]`` of this rank's part of the head."""
+        if self.vocabulary.gather is None:
+            return self.compute_draft_logits(hidden, 0)
+        columns = self.model.lm_head.shard_indices.num_org_elements
+        return self.model.local_logits(hidden)[:, :columns]
+
+    def _turn_into_chains(self, slots: torch.Tensor, as_chain: torch.Tensor) -> None:
+        """Lay out some of the trees just drafted as chains.
+
+        Args:
+            slots: ``[R]`` int64, the batch's.
+            as_chain: ``[R]`` bool.
+        """
+        drafted, store = self.draft_tokens[: len(slots)], self.model_state.store
+        tokens = torch.nn.functional.pad(drafted, (1, 0))  # the roots stay where they are
+        relations = (r[slots] for r in (store.parents, store.depths, store.ancestors))
+        tree = lay_out_chains(DraftTree(tokens, *relations), as_chain)
+        store.put(slots, tree)
+        drafted.copy_(tree.tokens[:, 1:])
