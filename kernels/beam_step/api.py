@@ -183,7 +183,7 @@ def beam_step(
         0 if is_last else parent_hidden.stride(0),
         0 if is_last else place.block_table.stride(0),
         K=k,
-        PARENTS=parents,
+        IS_ROOT=level == 0,
         SLOTS=slots,
         CHILDREN=power_of_two(parents * k),
         BLOCK_SIZE=1 if is_last else place.block_size,

@@ -8,20 +8,17 @@ The interpreter must be on before Triton is imported, so this file runs itself a
 process of its own, where the same calls take the kernels.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.common.triton_interpreter import mend_interpreter
+from tests.common.triton_interpreter import (
+    INTERPRETED,
+    mend_interpreter,
+    run_again_interpreted,
+)
 from vllm_msd.kernels import TopK, merge_top_k, top_k, top_k_parts
 from vllm_msd.kernels.top_k.eager import top_k_eager, top_k_parts_eager
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A part without a real logit has the logarithm of 0 on purpose, and what comes of it is not used.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
@@ -32,14 +29,7 @@ NEG = float("-inf")
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    run_again_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
