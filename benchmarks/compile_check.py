@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 from vllm_msd.kernels.accept.triton_kernel import accept_kernel
 from vllm_msd.kernels.beam_step.api import TILE as BEAM_TILE
 from vllm_msd.kernels.beam_step.triton_kernel import beam_step_kernel
+from vllm_msd.kernels.place_trees.api import ROWS as PLACED_ROWS
+from vllm_msd.kernels.place_trees.triton_kernel import place_trees_kernel
 from vllm_msd.kernels.rerank.triton_kernel import rerank_kernel
 from vllm_msd.kernels.settle.api import PROGRAM_BYTES
 from vllm_msd.kernels.settle.triton_kernel import settle_kernel
@@ -199,7 +201,7 @@ def compile_growth(arch: int, k: int, depth: int, logits: str = "bf16") -> dict[
     parts = {"K": k, "GROUPS": PART_COLUMNS // GROUP_COLUMNS, "WIDTH": GROUP_COLUMNS}
     entries = power_of_two(-(-152064 // PART_COLUMNS) * (k + 1))
     merge = {"K": k, "SLOTS": slots, "ENTRIES": entries, "HAS_MAP": True}
-    beam = {"K": k, "PARENTS": k, "SLOTS": slots, "CHILDREN": power_of_two(k * k)}
+    beam = {"K": k, "IS_ROOT": False, "SLOTS": slots, "CHILDREN": power_of_two(k * k)}
     beam |= {"BLOCK_SIZE": 16, "COLUMNS": BEAM_TILE // slots, "IS_LAST": False}
     beam_types = dict.fromkeys(("ancestors_ptr", "positions_ptr", "kv_slots_ptr"), "*i64")
     beam_types |= dict.fromkeys(("first_ptr", "slots_ptr"), "*i64")
@@ -218,6 +220,12 @@ def compile_growth(arch: int, k: int, depth: int, logits: str = "bf16") -> dict[
         "beam_step": compile_small(beam_step_kernel, arch, beam_types, beam),
         "rerank": compile_small(rerank_kernel, arch, rerank_types, rerank),
     }
+
+
+def compile_placing(arch: int, dims: int) -> dict:
+    names = ("root_rows", "row_ancestors", "positions", "linear", "depths", "ancestors", "slots")
+    types = {f"{name}_ptr": "*i64" for name in names}
+    return compile_small(place_trees_kernel, arch, types, {"DIMS": dims, "ROWS": PLACED_ROWS})
 
 
 def build(
@@ -272,6 +280,9 @@ def main(argv: list[str] | None = None) -> int:
             figures = compile_settle(arch, row_words, word)
             rows.append({"kernel": "settle", "arch": arch, "row": f"{row_words} {word}", **figures})
         rows.append({"kernel": "accept", "arch": arch, **compile_accept(arch)})
+        for dims in (1, 3):
+            figures = compile_placing(arch, dims)
+            rows.append({"kernel": "place_trees", "arch": arch, "dims": dims, **figures})
     for arch in (80, 90):
         for k, depth, logits in GROWTHS[: 1 if args.quick else None]:
             for name, figures in compile_growth(arch, k, depth, logits).items():

@@ -116,7 +116,7 @@ def beam_step(
         level: 0 to depth.
         candidates: written at this level's numbers.
         beams: the level before is read, this one is written, and ``tree_start`` in step 0.
-        inputs: written; None in the last step, as the two arguments after it.
+        inputs: written; not looked at in the last step, as the two arguments after it.
         parent_hidden: [R, H] in step 0, [R * k, H] then, the draft's output that gave the logits,
             from which each row gets its parent's. Not the memory of ``inputs.hidden``.
         place: where the rows lie; ``first`` is not the memory of ``inputs.positions``.
@@ -183,7 +183,7 @@ def beam_step(
         0 if is_last else parent_hidden.stride(0),
         0 if is_last else place.block_table.stride(0),
         K=k,
-        PARENTS=parents,
+        IS_ROOT=level == 0,
         SLOTS=slots,
         CHILDREN=power_of_two(parents * k),
         BLOCK_SIZE=1 if is_last else place.block_size,

@@ -13,8 +13,8 @@ from ..ranking import NOTHING, best_keys, key_index, order_key
 
 @triton.jit(do_not_specialize=["level", "depth", "max_model_len"])
 def beam_step_kernel(
-    log_probs_ptr,  # [R, PARENTS, K] float32
-    tokens_ptr,  # [R, PARENTS, K] int32
+    log_probs_ptr,  # [R, parents, K] float32
+    tokens_ptr,  # [R, parents, K] int32
     scores_ptr,  # [R, candidates] float32
     candidate_tokens_ptr,  # [R, candidates] int32
     candidate_parents_ptr,  # [R, candidates] int32
@@ -26,7 +26,7 @@ def beam_step_kernel(
     kv_slots_ptr,  # [R * K] int64
     seq_lens_ptr,  # [R] int32
     hidden_ptr,  # [R * K, hidden]
-    parent_hidden_ptr,  # [R * PARENTS, hidden]
+    parent_hidden_ptr,  # [R * parents, hidden]
     first_ptr,  # [R] int64
     slots_ptr,  # [R] int32 or int64
     block_table_ptr,  # [slots, blocks] int32
@@ -40,13 +40,14 @@ def beam_step_kernel(
     stride_parent_hidden,
     stride_table,
     K: tl.constexpr,
-    PARENTS: tl.constexpr,  # 1 for the root, else K
+    IS_ROOT: tl.constexpr,  # step 0: the only parent is the root
     SLOTS: tl.constexpr,  # K rounded up to a power of two
-    CHILDREN: tl.constexpr,  # PARENTS * K rounded up
+    CHILDREN: tl.constexpr,  # all children, rounded up
     BLOCK_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
     IS_LAST: tl.constexpr,  # only keep the candidates
 ):
+    PARENTS: tl.constexpr = 1 if IS_ROOT else K
     request = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     scores_ptr += request * stride_candidates
@@ -60,7 +61,7 @@ def beam_step_kernel(
     real = child < PARENTS * K
     offset = request * (PARENTS * K) + child
     score = tl.load(log_probs_ptr + offset, mask=real, other=0.0)
-    if PARENTS == 1:
+    if IS_ROOT:
         first_candidate = 0
         parent = tl.full([CHILDREN], -1, tl.int32)
     else:
@@ -82,8 +83,9 @@ def beam_step_kernel(
         target = request * K + row
 
         if chunk == 0:
-            own_bit = tl.full([SLOTS], 1, tl.int64) << (level * K + row).to(tl.int64)
-            if PARENTS > 1:
+            bit = tl.minimum(level * K + row, 63)  # of rows behind K: a shift by 64 is undefined
+            own_bit = tl.full([SLOTS], 1, tl.int64) << bit.to(tl.int64)
+            if not IS_ROOT:
                 inherited = ancestors_ptr + last_level + row_of_parent
                 own_bit |= tl.load(inherited, mask=in_beam, other=0)
             tl.store(beams_ptr + this_level + row, first_candidate + chosen, mask=in_beam)
@@ -107,7 +109,7 @@ def beam_step_kernel(
             tl.store(kv_slots_ptr + target, kv_slot, mask=in_beam)
             length = tl.minimum(first + (level + 1) * K, max_model_len)
             tl.store(seq_lens_ptr + request, tl.where(is_real, length, 0).to(tl.int32))
-            if PARENTS == 1:
+            if IS_ROOT:
                 fits = is_real & (first + depth * K <= max_model_len)
                 tl.store(tree_start_ptr + request, tl.where(fits, first, -1).to(tl.int32))
 

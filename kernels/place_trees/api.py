@@ -6,7 +6,7 @@ from torch import Tensor
 from ..checks import INTEGERS, describe, expect, expect_room, runs_kernels
 from .eager import place_trees_eager
 
-ROWS = 1024  # of a request that a program handles at once
+ROWS = 512  # of a request that a program handles at once
 
 
 def place_trees(

@@ -8,22 +8,19 @@ The interpreter must be on before Triton is imported, so this file runs itself a
 process of its own, where the same calls take the kernel.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.common.accepted_paths import random_forest
 from tests.common.launches import NoOperation
-from tests.common.triton_interpreter import mend_interpreter
+from tests.common.triton_interpreter import (
+    INTERPRETED,
+    mend_interpreter,
+    run_again_interpreted,
+)
 from vllm_msd.kernels import place_trees
 from vllm_msd.tree import DraftTree
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOTS, NODES, PADDING = 9, 12, 3
 # Rows of the query and how many of the last are nodes.
 QUERIES = [(12, 12), (1, 1), (2500, 1), (5, 5), (1100, 7), (1, 1), (2, 2)]
@@ -31,14 +28,7 @@ QUERIES = [(12, 12), (1, 1), (2500, 1), (5, 5), (1100, 7), (1, 1), (2, 2)]
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    run_again_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -8,20 +8,17 @@ The interpreter must be on before Triton is imported, so this file runs itself a
 process of its own, where the same calls take the kernels.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.common.triton_interpreter import mend_interpreter
+from tests.common.triton_interpreter import (
+    INTERPRETED,
+    mend_interpreter,
+    run_again_interpreted,
+)
 from vllm_msd.kernels import TopK, merge_top_k, top_k, top_k_parts
 from vllm_msd.kernels.top_k.eager import top_k_eager, top_k_parts_eager
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A part without a real logit has the logarithm of 0 on purpose, and what comes of it is not used.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
@@ -32,14 +29,7 @@ NEG = float("-inf")
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    run_again_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +91,9 @@ def test_top_k_of_a_large_vocabulary():
     logits = (torch.randn(2, columns, generator=g) * 3).bfloat16()
     logits[0, 130_000:130_004] = logits[0].max()
     logits[1] = 1.0  # all the same: the first columns
-    found = top_k(logits, 5)
-    assert_best(found, logits, 5)
-    assert found.tokens[1].tolist() == list(range(5))
+    found = top_k(logits, 3)
+    assert_best(found, logits, 3)
+    assert found.tokens[1].tolist() == [0, 1, 2]
 
 
 def test_top_k_beyond_32_bit_offsets():
@@ -114,7 +104,7 @@ def test_top_k_beyond_32_bit_offsets():
     assert_best(top_k(logits, 5), logits, 5)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_parts_of_several_devices_make_one_result(seed):
     """Shards of unequal width, one narrower than k, through a draft's own vocabulary."""
     k, widths = 6, [130, 64, 4, 90]
