@@ -44,7 +44,7 @@ def demo(name: str, result: dict[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            "### The demo",
+            "## The demo",
             f"Tokens per verification, the target's own token counted, with "
             f"{settings['num_speculative_tokens']} drafted (greedy, fp32):",
             table(["kind of work", "tokens per verification"], kinds),
@@ -61,7 +61,7 @@ def demo(name: str, result: dict[str, Any]) -> str:
 def trees(name: str, result: dict[str, Any]) -> str:
     """Chains and trees: acceptance, speed, and what drafting costs."""
     settings = result["settings"]
-    parts = ["### Trees"]
+    parts = ["## Trees"]
     if "acceptance" in result:
         rows = [
             (
@@ -131,7 +131,7 @@ def visual_branch(name: str, result: dict[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            "### The visual branch",
+            "## The visual branch",
             "Tokens per verification when the draft, and the draft alone, is given another "
             "request's image of the same kind, or noise of the image embeddings' mean and spread; "
             f"{result['identical']} of {result['requests']} answers stayed as they were:",
@@ -149,7 +149,7 @@ def evaluation(name: str, result: dict[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            "### The demo target",
+            "## The demo target",
             f"Share of right answers on {result['settings']['per_kind']} held-out prompts of each "
             "kind, beside what a random guess gets and what the target gets with another prompt's "
             "image:",

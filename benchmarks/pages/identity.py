@@ -26,7 +26,7 @@ def lossless(name: str, result: dict[str, Any]) -> str:
             case = f"{trial['temperature']}, {trial['top_p']}, {trial['prompt']}"
             draws = trial["draws"]
             sampled.append((runner.upper(), drafts, rule, case, draws, f"{smallest:.2g}"))
-    parts = ["### Losslessness"]
+    parts = ["## Losslessness"]
     if greedy:
         head = ["model runner", "requests", "same token ids", "drafts accepted", "rejected"]
         parts += ["Greedy token ids with and without MSD, fp32:", table(head, greedy)]
@@ -65,7 +65,7 @@ def soak(name: str, result: dict[str, Any]) -> str:
                     *(int(report[count]) for count in counts),
                 )
             )
-    parts = ["### Draft trees, long runs"]
+    parts = ["## Draft trees, long runs"]
     if workloads:
         head = ["model runner", "requests", "same token ids", "aborted", "preemptions"]
         head += ["nodes accepted", "rejected", "accepted off the first child"]
