@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_msd.demo.engine import Drafting, restart_tuned, timed_dtype
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, restart_tuned, timed_dtype
 
 
 def main() -> int:
@@ -39,8 +39,11 @@ def main() -> int:
     restart_tuned()
 
     from vllm_msd.demo import paths
-    from vllm_msd.demo.compare import compare, figures, held_out_samples
+    from vllm_msd.measure.compare import compare, figures
     from vllm_msd.provenance import provenance
+
+    paths.use_factory()
+    from demo_factory.held_out import held_out_samples
 
     dtype = timed_dtype()
     settings = {key: value for key, value in vars(args).items() if key != "output"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from vllm_msd.demo.engine import SHORT
+from vllm_msd.measure.engine import SHORT
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of kinds of work; the others are the kinds.

@@ -1,6 +1,6 @@
 """How good the demo pair is, on held-out contents: accuracy by kind, and acceptance offline.
 
-    python -m vllm_msd.demo.evaluate --target build/target/model --draft build/draft
+    python -m demo_factory.evaluate --target build/target/model --draft build/draft
 
 Accuracy stands next to an even guess and to the answers the target gives when it is shown another
 request's image, which is what wording and habit alone are worth.
@@ -18,21 +18,43 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import load_draft
+from vllm_msd.demo.scoring import score
 from vllm_msd.draft import MSDDraft
 from vllm_msd.provenance import provenance
 from vllm_msd.training.acceptance import Figures, Reply, chain_acceptance
 from vllm_msd.training.targets import Features, Target
 
+from .held_out import FIRST_SEED
 from .replies import MAX_REPLY, greedy_replies, reply_text
 from .target_model import VISUAL_TOKENS
-from .world import IMAGE_KINDS, KINDS, Sample, random_guess, sample, score
+from .world import IMAGE_KINDS, KINDS, Sample, sample
 
 BATCH = 25
-FIRST_SEED = 10_000
 # Tokens drafted per verification.
 STEPS = 5
 
+# Results of the additions and subtractions asked for lie in this range.
+GUESS_RANGE = 40
+
 Answered = dict[str, list[tuple[Sample, Reply]]]
+
+
+def random_guess(sample: Sample) -> float | None:
+    """What an even guess among the question's options scores; None for captions.
+
+    A caption has no list of options: compare with the score of another image's caption.
+    """
+    key = sample.answer_key
+    if key["type"] == "choice":
+        return 1 / len(key["options"])
+    if key["type"] == "sequence":
+        chance = 1.0
+        for index in range(len(key["values"])):
+            chance /= max(1, len(key["options"]) - index)
+        return chance
+    if key["type"] == "phrases" and len(key["values"]) == 1 and key["values"][0].isdigit():
+        return 1 / GUESS_RANGE
+    return None
 
 
 def _guess(samples: list[Sample]) -> float:

@@ -1,6 +1,6 @@
 """Train the demo target from scratch on the procedural world (CPU, bf16 autocast).
 
-    python -m vllm_msd.demo.train_target --output build/target --minutes 55
+    python -m demo_factory.train_target --output build/target --minutes 55
 
 Two stages share one clock: first the vision tower alone learns to read slots (see `slots`), then
 everything learns to answer, with slot reading as a small side loss. The learning rate follows the

@@ -102,4 +102,4 @@ def _answer(samples: list[Sample], folder: str) -> None:
         text = reply_text(target, reply)
         # A reply that was cut off or is empty keeps the world's answer.
         if text and reply.tokens[-1] in target.end_ids:
-            item.messages[-1]["content"] = [{"type": "text", "text": text}]
+            item.answer = text

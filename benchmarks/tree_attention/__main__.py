@@ -1,11 +1,11 @@
 """Time tree attention, settling and the accepting walk on a GPU, beside what else there is.
 
-    python benchmarks/bench_tree_attention.py                       # everything, under 9 minutes
-    python benchmarks/bench_tree_attention.py --models llava-1.5-7b --batch 8 --context 4096
-    python benchmarks/bench_tree_attention.py --only ours "ours, causal" --time-limit 120
-    python benchmarks/bench_tree_attention.py --dry-run             # the cases and their bounds
-    python benchmarks/bench_tree_attention.py --plot benchmarks/results/tree_attention_h200.json
-    python benchmarks/bench_tree_attention.py --tiny --out tiny.json  # a rehearsal, no GPU
+    python -m benchmarks.tree_attention                         # everything, under 9 minutes
+    python -m benchmarks.tree_attention --models llava-1.5-7b --batch 8 --context 4096
+    python -m benchmarks.tree_attention --only ours "ours, causal" --time-limit 120
+    python -m benchmarks.tree_attention --dry-run               # the cases and their bounds
+    python -m benchmarks.tree_attention --plot benchmarks/results/tree_attention_h200.json
+    python -m benchmarks.tree_attention --tiny --out tiny.json  # a rehearsal, no GPU
 
 PyTorch and Triton are all it needs, from a clone that need not be installed. Each result is checked
 before it is timed. Times are medians of CUDA graph replays; a graph goes round as many caches as it
@@ -34,15 +34,15 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import kernels_path  # noqa: F401
 import torch
-from tree_attention_problem import BLOCK_SIZE, MODELS, TINY, Case, Problem, random_parents
-from tree_attention_record import TARGET, criteria, describe, plot, summary
-from tree_attention_rivals import CAUSAL, OURS, RIVALS
 
 from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
 from vllm_msd.kernels.accept.eager import accept_eager
 from vllm_msd.kernels.settle.eager import settle_eager
+
+from .problem import BLOCK_SIZE, MODELS, TINY, Case, Problem, random_parents
+from .record import TARGET, criteria, describe, plot, summary
+from .rivals import CAUSAL, OURS, RIVALS
 
 START = time.monotonic()
 RIVAL_SHARE = 0.25  # of the time limit that one alternative may use, compiling included
@@ -251,6 +251,7 @@ def list_cases(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tree_attention",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     grid = parser.add_argument_group("cases (every combination)")
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         else:
             device = torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "_")
-            results = Path(__file__).parent / "results"
+            results = Path(__file__).parents[1] / "results"
             args.out = args.out or results / f"tree_attention_{device}.json"
         record = run(args)
         print(json.dumps(record["summary"], indent=1))

@@ -1,4 +1,4 @@
-"""Shapes and data of ``bench_tree_attention.py``: the question, its least cost, its answer.
+"""Shapes and data of the benchmark: the question, its least cost, its answer.
 
 All requests of a case have the same context and the same tree, because some of the alternatives
 know only that. The cost of none depends on it.
@@ -7,7 +7,6 @@ know only that. The cost of none depends on it.
 import math
 from dataclasses import dataclass, field
 
-import kernels_path  # noqa: F401
 import torch
 from torch import Tensor
 

@@ -1,11 +1,11 @@
-"""What ``bench_tree_attention.py`` makes of its measurements: figures, pass or fail, a plot."""
+"""What the benchmark makes of its measurements: figures, pass or fail, a plot."""
 
 import json
 import statistics
 from pathlib import Path
 
-from tree_attention_problem import Case
-from tree_attention_rivals import CAUSAL, OURS, RIVALS
+from .problem import Case
+from .rivals import CAUSAL, OURS, RIVALS
 
 TARGET = Case("llava-1.5-7b", 8, 4096, 60)  # of bandwidth and masks; settling at its batch
 MIN_SHARE_OF_COPY = 0.75

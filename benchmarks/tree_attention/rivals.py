@@ -8,12 +8,12 @@ they can be, so that no copy is timed either.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import kernels_path  # noqa: F401
 import torch
 from torch import Tensor
-from tree_attention_problem import BLOCK_SIZE, Problem
 
 from vllm_msd.kernels import TreeAttentionWorkspace, tree_attention
+
+from .problem import BLOCK_SIZE, Problem
 
 Call = Callable[[], Tensor]  # computes [rows, heads, head_size], or a view that reshapes to it
 

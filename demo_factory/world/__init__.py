@@ -9,12 +9,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from .base import SPLITS, Sample, Turn, draw_content, to_messages
+from .base import SPLITS, Sample, Turn, draw_content, to_sample
 from .caption import caption_turn
 from .charts import chart_labels, chart_turn, draw_chart, make_chart
 from .reasoning import reasoning_turn
 from .scene import draw_scene, make_scene, scene_labels
-from .scoring import random_guess, score
 from .signs import draw_street, make_street, street_labels, textvqa_turn
 from .text import make_task, text_turn
 from .vqa import follow_up, vqa_turn
@@ -22,7 +21,7 @@ from .vqa import follow_up, vqa_turn
 IMAGE_KINDS = ("vqa", "textvqa", "caption", "chart", "reasoning", "conversation")
 KINDS = [*IMAGE_KINDS, "text"]
 
-__all__ = ["IMAGE_KINDS", "KINDS", "SPLITS", "Sample", "packed", "random_guess", "sample", "score"]
+__all__ = ["IMAGE_KINDS", "KINDS", "SPLITS", "Sample", "packed", "sample"]
 
 Asker = Callable[[random.Random, Any], Turn]
 
@@ -77,7 +76,7 @@ def sample(kind: str, seed: int, split: str = "test") -> Sample:
     if kind == "text":
         task, rng = draw_content(make_task, split, kind, seed)
         turns = [text_turn(rng, task)]
-        return Sample([], to_messages(turns, False), kind, turns[-1].key)
+        return to_sample(None, turns, kind)
     world = kind
     if kind == "conversation":
         world = ("vqa", "textvqa", "chart", "reasoning")[seed % 4]
@@ -87,8 +86,7 @@ def sample(kind: str, seed: int, split: str = "test") -> Sample:
         turns = _conversation(rng, world, content, rng.randint(2, 4))
     else:
         turns = [ask(rng, content)]
-    messages = to_messages(turns, True)
-    return Sample([draw(content)], messages, kind, turns[-1].key, labels(content))
+    return to_sample(draw(content), turns, kind, labels(content))
 
 
 def packed(kind: str, seed: int, turns: int = 5) -> Sample:
@@ -102,7 +100,7 @@ def packed(kind: str, seed: int, turns: int = 5) -> Sample:
         for index in range(turns):
             task, rng = draw_content(make_task, "train", "packed", kind, seed, index)
             talks.append(text_turn(rng, task))
-        return Sample([], to_messages(talks, False), kind, talks[-1].key)
+        return to_sample(None, talks, kind)
     world = kind
     if kind == "conversation":
         world = ("vqa", "textvqa", "chart", "reasoning")[seed % 4]
@@ -114,5 +112,4 @@ def packed(kind: str, seed: int, turns: int = 5) -> Sample:
         talks = [caption_turn(rng, content), *_distinct(rng, vqa_turn, content, turns - 2)]
     else:
         talks = _distinct(rng, ask, content, turns)
-    messages = to_messages(talks, True)
-    return Sample([draw(content)], messages, kind, talks[-1].key, labels(content))
+    return to_sample(draw(content), talks, kind, labels(content))

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from vllm_msd.demo.samples import HeldOutSample
+
 IMAGE_SIZE = 112
 SPLITS = ("train", "test")
 # One content in eight belongs to the test split; the rest is for training.
@@ -18,7 +20,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 
 @dataclass
 class Turn:
-    """One question with its answer; `key` says how an answer is scored (see `scoring`)."""
+    """One question with its answer; `key` says how to score one (see `vllm_msd.demo.scoring`)."""
 
     question: str
     answer: str
@@ -26,30 +28,20 @@ class Turn:
 
 
 @dataclass
-class Sample:
-    """One request of the world.
+class Sample(HeldOutSample):
+    """One request of the world, or a training conversation.
 
-    messages: chat messages in OpenAI / Hugging Face form, ending with the right answer; the
-        first user message holds the `{"type": "image"}` part when there is an image.
-    answer_key: what `score` needs to judge an answer to the last question.
+    The first user message of the prompt holds the `{"type": "image"}` part when there is an image.
+
     labels: facts about the image by slot name, used only to warm up the vision tower.
     """
 
-    images: list[Image.Image]
-    messages: list[dict[str, Any]]
-    kind: str
-    answer_key: dict[str, Any]
     labels: dict[str, int] = field(default_factory=dict)
 
     @property
-    def prompt(self) -> list[dict[str, Any]]:
-        """The messages without the last answer."""
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        """The right answer to the last question, as plain text."""
-        return self.messages[-1]["content"][0]["text"]
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt and the right answer."""
+        return [*self.prompt, _message("assistant", self.answer)]
 
 
 def seeded(*parts: Any) -> random.Random:
@@ -123,13 +115,20 @@ def choice_key(value: str, options: Any, which: str = "first") -> dict[str, Any]
     return {"type": "choice", "value": value, "options": list(options), "which": which}
 
 
-def to_messages(turns: list[Turn], with_image: bool) -> list[dict[str, Any]]:
-    """Chat messages of the turns; the image part comes first in the first user message."""
-    messages: list[dict[str, Any]] = []
-    for index, turn in enumerate(turns):
-        parts = [{"type": "text", "text": turn.question}]
-        if index == 0 and with_image:
-            parts.insert(0, {"type": "image"})
-        messages.append({"role": "user", "content": parts})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    return messages
+def to_sample(
+    image: Image.Image | None, turns: list[Turn], kind: str, labels: dict[str, int] | None = None
+) -> Sample:
+    """A sample that asks the last turn's question; the image part comes first of all."""
+    *earlier, last = turns
+    prompt = []
+    for turn in earlier:
+        prompt += [_message("user", turn.question), _message("assistant", turn.answer)]
+    prompt.append(_message("user", last.question))
+    if image is not None:
+        prompt[0]["content"].insert(0, {"type": "image"})
+    images = [] if image is None else [image]
+    return Sample(images, prompt, kind, last.answer, last.key, labels or {})
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}

@@ -45,7 +45,7 @@ def demo_requests(target: str, count: int, lengths: Sequence[int], seed: int) ->
     """
     from transformers import AutoProcessor
 
-    from vllm_msd.demo.world import KINDS, sample
+    from demo_factory.world import KINDS, sample
 
     processor = AutoProcessor.from_pretrained(target)
     with_image = [kind for kind in KINDS if kind != "text"]

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from benchmarks.soak import PARTS, REPOSITORY, failures
+
 from tests.common.soak import growth
 
 RUN = {

@@ -4,6 +4,7 @@
 """
 
 from benchmarks.soak import failures
+
 from tests.common import tiny
 from tests.common.worker import run_worker
 

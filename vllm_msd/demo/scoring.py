@@ -1,12 +1,9 @@
-"""How answers are judged, and what a random guess would get."""
+"""How answers to the held-out samples are judged."""
 
 import re
 from typing import Any
 
-from .base import Sample
-
-# Results of the additions and subtractions asked for lie in this range.
-GUESS_RANGE = 40
+from vllm_msd.demo.samples import HeldOutSample
 
 
 def _mentions(text: str, options: list[str]) -> list[str]:
@@ -46,24 +43,6 @@ def score_key(key: dict[str, Any], answer: str) -> float:
     )
 
 
-def score(sample: Sample, answer: str) -> float:
+def score(sample: HeldOutSample, answer: str) -> float:
     """Score of `answer` to the last question: 1 right, 0 wrong, between for captions."""
     return score_key(sample.answer_key, answer)
-
-
-def random_guess(sample: Sample) -> float | None:
-    """What an even guess among the question's options scores; None for captions.
-
-    A caption has no list of options: compare with the score of another image's caption.
-    """
-    key = sample.answer_key
-    if key["type"] == "choice":
-        return 1 / len(key["options"])
-    if key["type"] == "sequence":
-        chance = 1.0
-        for index in range(len(key["values"])):
-            chance /= max(1, len(key["options"]) - index)
-        return chance
-    if key["type"] == "phrases" and len(key["values"]) == 1 and key["values"][0].isdigit():
-        return 1 / GUESS_RANGE
-    return None

@@ -2,16 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_msd.demo.engine import Answer, Drafting, Engine
-from vllm_msd.demo.paths import DemoPaths
-from vllm_msd.demo.world import IMAGE_KINDS, KINDS, Sample, sample
+from PIL import Image
 
-# Seeds of the prompts shown and measured; training never sees the "test" split they are from.
-FIRST_SEED = 10_000
-
+from vllm_msd.measure.engine import Answer, Drafting, Engine
+from vllm_msd.measure.inputs import Pair, Sample
 
 # The name of the engine without a draft among the engines compared.
 PLAIN = "plain"
@@ -43,16 +40,8 @@ class Comparison:
         return self.answers[name].token_ids == self.plain.token_ids
 
 
-def held_out_samples(count: int, seed: int = FIRST_SEED) -> list[Sample]:
-    """``count`` samples of the test split, the kinds in turn."""
-    return [
-        sample(KINDS[index % len(KINDS)], seed + index // len(KINDS), "test")
-        for index in range(count)
-    ]
-
-
 def compare(
-    pair: DemoPaths,
+    pair: Pair,
     samples: Sequence[Sample],
     draftings: Mapping[str, Drafting],
     *,
@@ -79,7 +68,7 @@ def compare(
         if share_weights:
             engines[name].share_target(engines[PLAIN])
     for engine in engines.values():  # the first request pays for lazy set-up
-        engine.answer(sample("vqa", FIRST_SEED - 1, "test"), 16)
+        engine.answer(_warm_up(samples), 16)
     on_start()
     names = list(engines)
     comparisons: list[Comparison] = []
@@ -99,13 +88,17 @@ def compare(
     return comparisons
 
 
+def _warm_up(samples: Sequence[Sample]) -> Sample:
+    """A request as they come, with blank images: vLLM's caches shall hold none that is measured."""
+    sample = next((one for one in samples if one.images), samples[0])
+    return replace(sample, images=[Image.new("RGB", image.size) for image in sample.images])
+
+
 def by_kind(comparisons: Iterable[Any]) -> dict[str, list[Any]]:
-    """What has a ``sample``, by its kind, in the order of `KINDS`."""
-    comparisons = list(comparisons)
+    """What has a ``sample``, by its kind, in order of appearance."""
     groups: dict[str, list[Any]] = {}
-    for kind in KINDS:
-        if group := [c for c in comparisons if c.sample.kind == kind]:
-            groups[kind] = group
+    for one in comparisons:
+        groups.setdefault(one.sample.kind, []).append(one)
     return groups
 
 
@@ -187,7 +180,7 @@ def _median_step(answers: Iterable[Answer]) -> float | None:
 def figures(comparisons: Sequence[Comparison], name: str) -> dict[str, Any]:
     """All figures of engine ``name``, over everything, over image requests, and by kind."""
     groups = by_kind(comparisons)
-    images = [c for kind in IMAGE_KINDS for c in groups.get(kind, [])]
+    images = [c for c in comparisons if c.sample.images]
 
     def accepted(group: Iterable[Comparison]) -> dict[str, Any]:
         return acceptance(c.answers[name] for c in group)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.demo.world import Sample
-from vllm_msd.errors import MSDError
+from vllm_msd.errors import VLLM_MISSING, MSDError
+from vllm_msd.measure.inputs import Sample
 
 KV_CACHE_BYTES = 256 * 2**20
-_MARK = "MSD_DEMO_PROCESS"
+_MARK = "MSD_MEASURE_PROCESS"
 
 
 def restart_tuned() -> None:
@@ -65,10 +65,7 @@ SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 def _bundled_allocator() -> list[str]:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
-        raise MSDError(
-            "vLLM is not installed. Install it with `pip install 'vllm-msd[gpu]'`, or "
-            "`pip install 'vllm-msd[cpu]'` on a machine without an accelerator."
-        )
+        raise MSDError(VLLM_MISSING)
     return [str(p) for p in (Path(spec.origin).parent / "libs").glob("libtcmalloc_minimal*.so*")]
 
 
@@ -225,7 +222,7 @@ class Engine:
                 mine.cpu_linear = theirs.cpu_linear
 
     def prompt(self, sample: Sample) -> dict[str, Any]:
-        """vLLM's prompt for all of the sample's messages but the right answer."""
+        """vLLM's prompt of a sample."""
         ids = self.tokenizer.apply_chat_template(
             sample.prompt, add_generation_prompt=True, tokenize=True, return_dict=False
         )

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_msd.demo.compare import by_kind
-from vllm_msd.demo.engine import Answer, Engine
-from vllm_msd.demo.world import Sample
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.compare import by_kind
+from vllm_msd.measure.engine import Answer, Engine
+from vllm_msd.measure.inputs import Sample
 
 
 @dataclass

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_msd.demo.engine import Drafting, Engine
-from vllm_msd.demo.paths import DemoPaths
-from vllm_msd.demo.world import Sample
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, Engine
+from vllm_msd.measure.inputs import Pair, Sample
 
 
 class StepClock:
@@ -53,7 +52,7 @@ class StepClock:
 
 
 def profile_steps(
-    pair: DemoPaths,
+    pair: Pair,
     drafting: Drafting,
     samples: Sequence[Sample],
     *,
@@ -102,7 +101,7 @@ def profile_steps(
 
 
 def products_by_rows(
-    pair: DemoPaths, row_counts: Sequence[int], *, dtype: str, rounds: int = 7
+    pair: Pair, row_counts: Sequence[int], *, dtype: str, rounds: int = 7
 ) -> dict[str, dict[int, float]]:
     """What the matrix products of a pass cost by the rows in it, which decides what a tree may be.
 

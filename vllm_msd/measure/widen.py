@@ -1,4 +1,4 @@
-"""Function-preserving widening: the demo pair's exact functions at a larger model's cost.
+"""Function-preserving widening: a small pair's exact functions at a larger model's cost.
 
 A model of a few million parameters is all overhead, so its speed says nothing about speculation.
 Widening gives target and draft a real shape while every logit stays what it was:
@@ -11,7 +11,7 @@ Widening gives target and draft a real shape while every logit stays what it was
 * Added layers are random but for ``o_proj`` and ``down_proj``, which are zero: they add zero.
 
 Acceptance is therefore the small pair's, and cost the large shape's. The vision tower stays as it
-is. This file does not choose where the result lies: see ``paths.py``.
+is. Where the result lies is the caller's choice: see ``vllm_msd.demo.paths``.
 """
 
 import json
@@ -105,7 +105,7 @@ def choose_shape(base: Shape, parameters: int, vocab_size: int) -> Shape:
         smallest = at_width(min(h for h in _WIDTHS if h >= base.hidden_size))
         smallest = replace(smallest, num_hidden_layers=base.num_hidden_layers)
         raise ConfigError(
-            f"size: got {parameters:,} parameters, too few to hold the demo pair; expected at "
+            f"size: got {parameters:,} parameters, too few to hold the pair; expected at "
             f"least {smallest.parameters(vocab_size):,}."
         )
     return min(shapes, key=lambda s: abs(math.log(s.num_hidden_layers / DEPTH)))

@@ -1,32 +1,18 @@
-"""The demo's HTML report: one file, images inside, nothing fetched."""
+"""The page as a whole, and its figures."""
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image
+from vllm_msd.demo.report.answers import card, draft_tree, number
+from vllm_msd.demo.report.bars import bars, grouped_bars
+from vllm_msd.demo.samples import KIND_NAMES
+from vllm_msd.measure.compare import Comparison
+from vllm_msd.measure.engine import SHORT, Drafting
 
-from vllm_msd.demo.bars import bars, grouped_bars
-from vllm_msd.demo.compare import Comparison
-from vllm_msd.demo.engine import SHORT, Answer, Drafting
-from vllm_msd.demo.tree_picture import tells, tree_svg
-from vllm_msd.demo.world import score
-
-TEMPLATE = Path(__file__).with_name("report_template.html")
-
-KIND_NAMES = {
-    "vqa": "Visual questions",
-    "textvqa": "Reading text",
-    "caption": "Captions",
-    "chart": "Charts",
-    "reasoning": "Reasoning",
-    "conversation": "Conversation",
-    "text": "Text only",
-}
+TEMPLATE = Path(__file__).with_name("template.html")
 
 
 def render(
@@ -41,7 +27,7 @@ def render(
 
     Args:
         comparisons: the small pair's answers.
-        small: `vllm_msd.demo.compare.figures` of each drafting with the small pair.
+        small: `vllm_msd.measure.compare.figures` of each drafting with the small pair.
         wide: with the widened pair, None when only the small pair was run.
         draftings: what was drafted, by the same names.
         provenance: of the run.
@@ -53,8 +39,8 @@ def render(
         meaning=_meaning(wide, provenance),
         panels=_panels(small, wide, draftings, provenance),
         wide_table=_wide_table(wide, draftings, provenance),
-        tree=_tree(comparisons, text_of),
-        cards="".join(_card(c) for c in comparisons),
+        tree=draft_tree(comparisons, text_of),
+        cards="".join(card(c) for c in comparisons),
         facts=_facts(provenance),
     )
 
@@ -95,7 +81,7 @@ def _tiles(
     for name, drafting in draftings.items():
         tiles.append(
             _tile(
-                _number(small[name]["multimodal"]["acceptance_length"]),
+                number(small[name]["multimodal"]["acceptance_length"]),
                 "tokens per verification on image requests, the target's own included, with a "
                 f"{drafting}",
             )
@@ -189,10 +175,10 @@ def _panels(
     for title, found in pairs:
         speeds = {name: one["speed"] for name, one in found.items()}
         plain = next(iter(speeds.values()))["plain_tokens_per_second"]
-        rows = [("without MSD", plain, _number(plain, 1), "plain")]
+        rows = [("without MSD", plain, number(plain, 1), "plain")]
         for name, one in speeds.items():
             rate = one["msd_tokens_per_second"]
-            text = f"{_number(rate, 1)}  ({_times(one['speedup'])})"
+            text = f"{number(rate, 1)}  ({_times(one['speedup'])})"
             rows.append((f"with a {name}", rate, text, colours[name]))
         longest = max(value or 0 for _, value, _, _ in rows)
         charts.append(f"<p><b>{escape(title)}</b></p>" + bars(rows, longest))
@@ -233,11 +219,11 @@ def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: d
             speed = found["speed_by_kind"][kind] if kind else found["speed"]
             accepted = found["by_kind"][kind] if kind else found["all"]
             if name == next(iter(wide)):
-                cells.append(_number(speed["plain_tokens_per_second"], 1))
+                cells.append(number(speed["plain_tokens_per_second"], 1))
             cells += [
-                _number(speed["msd_tokens_per_second"], 1),
+                number(speed["msd_tokens_per_second"], 1),
                 _times(speed["speedup"]),
-                _number(accepted["acceptance_length"]),
+                number(accepted["acceptance_length"]),
             ]
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     rounds = "; ".join(
@@ -252,98 +238,6 @@ def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: d
     )
 
 
-def _tree(comparisons: Sequence[Comparison], text_of: Callable[[int], str]) -> str:
-    """The picture of one verified tree with where it comes from; empty when there was none."""
-    shown = max(
-        (
-            (tree, comparison, answer)
-            for comparison in comparisons
-            for answer in comparison.drafted.values()
-            for tree in answer.trees
-        ),
-        key=lambda candidate: tells(candidate[0]),
-        default=None,
-    )
-    if shown is None:
-        return ""
-    tree, comparison, answer = shown
-    question = _text(comparison.sample.prompt[-1])
-    so_far = "".join(answer.pieces[: tree.before]).strip()
-    return (
-        "<h2>One draft tree</h2><p>One verification of a request of this run. To "
-        f"<b>{escape(question)}</b> the answer so far was <b>{escape(so_far)}</b>. The draft then "
-        f"proposed {len(tree.tokens) - 1} tokens, and the target checked all of them in one step. "
-        f"It accepted the {len(tree.path) - 1} on the filled path and added one of its own "
-        "(dashed). Below a parent the draft's guesses stand from the likeliest down; rest the "
-        'pointer on one to see its fate.</p><div class="panel scroll">'
-        f"{tree_svg(tree, text_of)}</div>"
-    )
-
-
-def _text(message: dict[str, Any]) -> str:
-    return "".join(p["text"] for p in message["content"] if p["type"] == "text").strip()
-
-
-def _card(comparison: Comparison) -> str:
-    sample = comparison.sample
-    images = "".join(
-        f'<img src="{_data_uri(image)}" alt="image of this request">' for image in sample.images
-    )
-    turns = []
-    for index, message in enumerate(sample.prompt):
-        last = index == len(sample.prompt) - 1
-        who = "user" if message["role"] == "user" else "assistant"
-        turns.append(
-            f'<p class="turn {who}{"" if last else " earlier"}">{escape(_text(message))}</p>',
-        )
-    right = score(sample, comparison.plain.text)
-    tags = [KIND_NAMES[sample.kind]]
-    for name, answer in comparison.drafted.items():
-        length = 1 + answer.num_accepted_tokens / answer.num_drafts if answer.num_drafts else None
-        tags.append(f"{name}: {_number(length)} tokens per verification")
-    tags.append("right" if right >= 1 else "wrong" if right <= 0 else f"score {right:.2f}")
-    differing = [name for name in comparison.drafted if not comparison.identical(name)]
-    same = '<span class="tag">same text without MSD</span>'
-    if differing:
-        same = (
-            f'<span class="tag differs">differs without MSD: {escape(", ".join(differing))}</span>'
-        )
-    other = ""
-    if differing:
-        other = (
-            '<p class="soft">Without MSD:</p>'
-            f'<p class="answer">{escape(comparison.plain.text.strip())}</p>'
-        )
-    *_, shown = comparison.drafted.values()
-    return (
-        f'<div class="card"><div>{images or "<div class=none>no image</div>"}</div><div>'
-        f'<div class="tags">{"".join(f"<span class=tag>{escape(t)}</span>" for t in tags)}{same}'
-        f'</div>{"".join(turns)}<p class="answer">{_marked(shown)}</p>{other}</div></div>'
-    )
-
-
-def _marked(answer: Answer) -> str:
-    """The answer with runs of accepted tokens in ``<mark>``."""
-    runs: list[tuple[bool, str]] = []
-    for piece, accepted in zip(answer.pieces, answer.accepted, strict=True):
-        if runs and runs[-1][0] == accepted:
-            runs[-1] = (accepted, runs[-1][1] + piece)
-        else:
-            runs.append((accepted, piece))
-    if runs:
-        runs[0] = (runs[0][0], runs[0][1].lstrip())
-    return "".join(
-        f"<mark>{escape(text)}</mark>" if accepted and text else escape(text)
-        for accepted, text in runs
-    )
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _facts(provenance: dict[str, Any]) -> str:
     rows = [("command", provenance["command"]), ("date", provenance["date"])]
     for table in ("settings", "machine", "versions"):
@@ -352,10 +246,6 @@ def _facts(provenance: dict[str, Any]) -> str:
         f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>"
         for name, value in rows
     )
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def _times(value: float | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
-from vllm_msd.demo.engine import VerifiedTree
+from vllm_msd.measure.engine import VerifiedTree
 
 COLUMN, ROW, HEIGHT = 132, 30, 22  # px
 MAX_LETTERS = 13
