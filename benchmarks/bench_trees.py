@@ -195,7 +195,8 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
     draftings, counts = _timed(args), {*ROWS}
     for d in draftings.values():
         counts |= {d.num_tokens + 1, d.top_k or 1}
-    by_rows = products_by_rows(pair, sorted(counts), dtype=args.dtype)
+    found = products_by_rows(pair, sorted(counts), dtype=args.dtype)
+    by_rows = {name: one["milliseconds"] for name, one in found.items()}
     target, draft = by_rows["target"], by_rows["draft"]
     needed = {
         name: target[d.num_tokens + 1] + d.deepest * draft[d.top_k or 1]
@@ -206,6 +207,7 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
     for name, milliseconds in needed.items():
         print(f"  {name:<36}{milliseconds:.1f} ms per verification")
     return {
+        "matrices": {name: one["matrices"] for name, one in found.items()},
         "milliseconds_by_rows": by_rows,
         "milliseconds_per_verification": {"no speculation": target[1], **needed},
     }

@@ -1,6 +1,6 @@
 """Greedy identity: real vLLM with and without MSD on the same requests, token for token.
 
-Used by ``tests/vllm/test_lossless_greedy.py`` and ``benchmarks/lossless.py``, through
+Used by ``tests/vllm/test_lossless_greedy.py`` and ``tests/long/lossless.py``, through
 ``tests.common.worker``. Not covered: compiled kernels and CUDA graphs (all of this runs eagerly).
 """
 

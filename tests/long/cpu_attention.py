@@ -1,6 +1,6 @@
 """What a tree costs in the CPU's attention alone: one layer, against a chain of as many rows.
 
-    python benchmarks/bench_cpu_attention.py --output benchmarks/results/cpu_attention.json
+    python -m tests.long.cpu_attention --output benchmarks/results/cpu_attention.json
 
 The shape is that of a model of about 1B parameters (32 heads, 8 KV heads of 64, bf16). Each way
 runs over several layers in turn, as a model does, and its fastest round counts. ``gather``
@@ -10,12 +10,9 @@ them in a layout that needs no conversion, which is more than vLLM's cache offer
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 

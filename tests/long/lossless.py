@@ -5,23 +5,19 @@ a vocabulary of 24 tokens; both run real vLLM on the CPU in fp32, Model Runner V
 interpreter. The tests in ``tests/vllm/test_lossless_*.py`` run the same code with smaller sizes and
 hold it to thresholds; this script only reports, but exits with 1 when an answer differs.
 
-    python benchmarks/lossless.py [--quick] [--only PART ...] [--out benchmarks/results/FILE.json]
+    python -m tests.long.lossless [--quick] [--only PART ...] [--out benchmarks/results/FILE.json]
 """
 
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
-from tests.common import small_vocabulary  # noqa: E402
-from tests.common.worker import run_worker  # noqa: E402
-from vllm_msd.demo.paths import demo_pair  # noqa: E402
-from vllm_msd.provenance import provenance  # noqa: E402
+from tests.common.worker import REPOSITORY, run_worker
+from tests.long.draws import draws
+from vllm_msd.demo.paths import demo_pair
+from vllm_msd.provenance import provenance
 
 PARTS = ("greedy-v1", "greedy-v2", "sampling-v1", "probabilistic-v1", "sampling-v2")
 TIMEOUT = 7200.0  # seconds for one part
@@ -46,20 +42,15 @@ def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
 
 def sampling(runner: str, seed: int, quick: bool, method: str = "greedy") -> dict[str, Any]:
     """Chi-square tests of sampled sequences; fewer draws under Model Runner V2."""
-    draws, control = (24_000, 4_800) if runner == "v1" else (1_024, 256)
-    with tempfile.TemporaryDirectory() as folder:
-        target, draft = small_vocabulary.build(Path(folder))
-        return run_worker(
-            "sampling",
-            runner,
-            timeout=TIMEOUT,
-            target=target,
-            draft=draft,
-            draws=draws // 8 if quick else draws,
-            control_draws=control // 4 if quick else control,
-            seed=seed,
-            draft_sample_method=method,
-        )
+    count, control = (24_000, 4_800) if runner == "v1" else (1_024, 256)
+    return draws(
+        runner,
+        count=count // 8 if quick else count,
+        control=control // 4 if quick else control,
+        timeout=TIMEOUT,
+        seed=seed,
+        draft_sample_method=method,
+    )
 
 
 def probabilistic(runner: str, seed: int, quick: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ tokens, seeded sampling, and thousands of requests through one engine. The pairs
 constructed ones, everything runs on the CPU in fp32, Model Runner V2 in Triton's interpreter. Exits
 with 1 when an answer differs or a threshold is missed. A file that is there keeps its other parts.
 
-    python benchmarks/soak.py [--only PART ...] [--resume] [--quick] [--out FILE.json]
+    python -m tests.long.soak [--only PART ...] [--resume] [--quick] [--out FILE.json]
 """
 
 import argparse
@@ -18,13 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-
-from tests.common import small_vocabulary, tiny  # noqa: E402
-from tests.common.soak import draw_curves  # noqa: E402
-from tests.common.worker import run_worker  # noqa: E402
-from vllm_msd.provenance import provenance  # noqa: E402
+from tests.common import tiny
+from tests.common.soak import draw_curves
+from tests.common.worker import REPOSITORY, run_worker
+from tests.long.draws import draws
+from vllm_msd.provenance import provenance
 
 # oneDNN keeps code for each shape of a matrix product it has met, a thousand of them by default. A
 # batch has a new shape in many a step, so the process grows for hours by what is no leak.
@@ -74,26 +72,17 @@ def workloads(
         )
 
 
-def draws(
-    runner: str, seed: int, quick: bool, *, count: int, control: int, settings: Any = SETTINGS
-) -> dict[str, Any]:
-    """Chi-square tests of sampled sequences, ``count`` for each setting."""
-    with tempfile.TemporaryDirectory() as folder:
-        target, draft = small_vocabulary.build(Path(folder))
-        return run_worker(
-            "sampling",
-            runner,
-            timeout=TIMEOUT,
-            show_errors=True,
-            show_progress=True,
-            target=target,
-            draft=draft,
-            draws=count // 10 if quick else count,
-            control_draws=control // 4 if quick else control,
-            seed=seed,
-            settings=settings,
-            **TREE,
-        )
+def sampled(runner: str, seed: int, quick: bool, *, count: int, control: int) -> dict[str, Any]:
+    """Chi-square tests of sequences sampled with trees, ``count`` for each setting."""
+    return draws(
+        runner,
+        count=count // 10 if quick else count,
+        control=control // 4 if quick else control,
+        timeout=TIMEOUT,
+        seed=seed,
+        settings=SETTINGS,
+        **TREE,
+    )
 
 
 PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {
@@ -109,9 +98,9 @@ PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {
         workloads, "v2", requests=50, longest=24, cache_blocks=15, kind="qwen2_vl"
     ),
     "seeded-v2": partial(workloads, "v2", requests=300, longest=24, sampled=True),
-    "draws-v1": partial(draws, "v1", count=100_000, control=4_800),
+    "draws-v1": partial(sampled, "v1", count=100_000, control=4_800),
     # An interpreter: fewer draws, though enough to catch the wrong rules.
-    "draws-v2": partial(draws, "v2", count=2_048, control=4_096),
+    "draws-v2": partial(sampled, "v2", count=2_048, control=4_096),
     "soak": partial(workloads, "v1", requests=5_000, longest=40, job="soak"),
 }
 

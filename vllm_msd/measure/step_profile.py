@@ -102,7 +102,7 @@ def profile_steps(
 
 def products_by_rows(
     pair: Pair, row_counts: Sequence[int], *, dtype: str, rounds: int = 7
-) -> dict[str, dict[int, float]]:
+) -> dict[str, dict[str, Any]]:
     """What the matrix products of a pass cost by the rows in it, which decides what a tree may be.
 
     All linear layers and the head of the target's language model, and of the draft, run one after
@@ -116,12 +116,17 @@ def products_by_rows(
         rounds: how often each count is timed.
 
     Returns:
-        ``target`` and ``draft``, each the median milliseconds by rows.
+        ``target`` and ``draft``, each with the number of ``matrices`` in a pass and the median
+        ``milliseconds`` by rows.
     """
     engine = Engine(pair.target, draft=pair.draft, drafting=Drafting(1), dtype=dtype)
     runner = engine.model_runner
     models = {"target": runner.model.get_language_model(), "draft": runner.drafter.model}
-    passes = {name: _products(model, getattr(torch, dtype)) for name, model in models.items()}
+    layers = {name: _linear_layers(model) for name, model in models.items()}
+    passes = {
+        name: _products(model, layers[name], getattr(torch, dtype))
+        for name, model in models.items()
+    }
     seconds: dict[str, dict[int, list[float]]] = {
         name: {rows: [] for rows in row_counts} for name in models
     }
@@ -133,14 +138,18 @@ def products_by_rows(
                 if timed_round:  # the first meets each shape for the first time
                     seconds[name][rows].append(time.perf_counter() - start)
     return {
-        name: {rows: 1000 * statistics.median(found) for rows, found in by_rows.items()}
+        name: {
+            "matrices": len(layers[name]) + 1,  # the head
+            "milliseconds": {r: 1000 * statistics.median(found) for r, found in by_rows.items()},
+        }
         for name, by_rows in seconds.items()
     }
 
 
-def _products(model: nn.Module, dtype: torch.dtype) -> Callable[[int], None]:
+def _products(
+    model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype
+) -> Callable[[int], None]:
     """A call that runs the model's linear layers and its head on so many random rows."""
-    layers = _linear_layers(model)
     widths = {layer: layer.input_size for layer in layers}
     hidden = model.config.hidden_size
 
