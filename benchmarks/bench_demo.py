@@ -42,14 +42,10 @@ def main() -> int:
     from vllm_msd.measure.compare import compare, figures
     from vllm_msd.provenance import provenance
 
-    paths.use_factory()
-    from demo_factory.held_out import held_out_samples
-
     dtype = timed_dtype()
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings["wide_dtype"] = dtype
     result = provenance(**settings)
-    samples = held_out_samples(args.num_prompts, args.seed)
     draftings = {"chain": Drafting(args.num_speculative_tokens)}
     common = {
         "max_tokens": args.max_tokens,
@@ -57,6 +53,10 @@ def main() -> int:
         "on_answer": lambda comparison: print(".", end="", flush=True),
     }
     try:
+        paths.use_factory()
+        from demo_factory.held_out import held_out_samples
+
+        samples = held_out_samples(args.num_prompts, args.seed)
         small = compare(paths.demo_pair(), samples, draftings, dtype="float32", **common)
         result["small"] = figures(small, "chain")
         result["wide"] = None

@@ -80,12 +80,12 @@ def main() -> int:
     from vllm_msd.demo import paths
     from vllm_msd.provenance import provenance
 
-    paths.use_factory()
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})
     pair = paths.demo_pair()
     try:
+        paths.use_factory()
         data = make_data(args.work / "data", args.records, pair.target)
         runs = [(v, s) for s in args.seeds for v in args.variants]
         train_all(runs, args, pair.target, data)

@@ -35,20 +35,20 @@ def main() -> int:
     from vllm_msd.measure.image_swap import swap_images
     from vllm_msd.provenance import provenance
 
-    paths.use_factory()
-    from demo_factory.world import IMAGE_KINDS, sample
-
     facts = provenance(
         num_prompts=args.num_prompts,
         num_speculative_tokens=args.num_speculative_tokens,
         seed=args.seed,
         dtype="float32",
     )
-    samples = [
-        sample(IMAGE_KINDS[i % len(IMAGE_KINDS)], args.seed + i // len(IMAGE_KINDS), "test")
-        for i in range(args.num_prompts)
-    ]
     try:
+        paths.use_factory()
+        from demo_factory.world import IMAGE_KINDS, sample
+
+        samples = [
+            sample(IMAGE_KINDS[i % len(IMAGE_KINDS)], args.seed + i // len(IMAGE_KINDS), "test")
+            for i in range(args.num_prompts)
+        ]
         pair = paths.demo_pair()
         drafting = Drafting(args.num_speculative_tokens)
         engine = Engine(pair.target, draft=pair.draft, drafting=drafting)

@@ -63,50 +63,37 @@ def make_task(rng: random.Random) -> Task:
     return Task(name, operands)
 
 
-def _arithmetic(rng: random.Random, task: Task) -> Turn:
-    a, b = task.operands
-    if task.name == "add":
-        value = a + b
-        question = spin(
-            rng, "[What is {a} plus {b}?|Add {a} and {b}.|Calculate {a} + {b}.]", a=a, b=b
-        )
-        answer = spin(
-            rng,
-            "[The sum of {a} and {b} is {v}.|{a} plus {b} is {v}.|Adding {b} to {a} gives {v}.]"
-            " [You can check it: {v} minus {b} is {a}.|Taking {b} away from {v} leaves {a}.]",
-            a=a,
-            b=b,
-            v=value,
-        )
-        return Turn(question, answer, _number_key(value))
-    if task.name == "subtract":
-        a, b = max(a, b), min(a, b)
-        value = a - b
-        question = spin(
-            rng, "[What is {a} minus {b}?|Subtract {b} from {a}.|Calculate {a} - {b}.]", a=a, b=b
-        )
-        answer = spin(
-            rng,
-            "[The difference of {a} and {b} is {v}.|{a} minus {b} is {v}.|Taking {b} from {a}"
-            " leaves {v}.] [You can check it: {v} plus {b} is {a}.|Adding {b} to {v} gives {a}.]",
-            a=a,
-            b=b,
-            v=value,
-        )
-        return Turn(question, answer, _number_key(value))
-    high, low = max(a, b), min(a, b)
-    question = spin(
-        rng, "[Which number is larger, {a} or {b}?|Is {a} or {b} the larger number?]", a=a, b=b
-    )
-    answer = spin(
-        rng,
+# Questions and answers about a and b, the higher (h) and the lower (l) of them, their sum (v) and
+# their difference (d).
+ARITHMETIC = {
+    "add": (
+        "[What is {a} plus {b}?|Add {a} and {b}.|Calculate {a} + {b}.]",
+        "[The sum of {a} and {b} is {v}.|{a} plus {b} is {v}.|Adding {b} to {a} gives {v}.]"
+        " [You can check it: {v} minus {b} is {a}.|Taking {b} away from {v} leaves {a}.]",
+    ),
+    "subtract": (
+        "[What is {h} minus {l}?|Subtract {l} from {h}.|Calculate {h} - {l}.]",
+        "[The difference of {h} and {l} is {d}.|{h} minus {l} is {d}.|Taking {l} from {h}"
+        " leaves {d}.] [You can check it: {d} plus {l} is {h}.|Adding {l} to {d} gives {h}.]",
+    ),
+    "larger": (
+        "[Which number is larger, {a} or {b}?|Is {a} or {b} the larger number?]",
         "[The larger number is {h}.|{h} is larger than {l}.|{h} is the larger one.] "
         "[It exceeds {l} by {d}.|The difference is {d}.|The gap between them is {d}.]",
-        h=high,
-        l=low,
-        d=high - low,
-    )
-    return Turn(question, answer, choice_key(str(high), (str(a), str(b))))
+    ),
+}
+
+
+def _arithmetic(rng: random.Random, task: Task) -> Turn:
+    a, b = task.operands
+    high, low = max(a, b), min(a, b)
+    numbers = {"a": a, "b": b, "h": high, "l": low, "v": a + b, "d": high - low}
+    question, answer = (spin(rng, text, **numbers) for text in ARITHMETIC[task.name])
+    if task.name == "larger":
+        key = choice_key(str(high), (str(a), str(b)))
+    else:
+        key = _number_key(a + b if task.name == "add" else high - low)
+    return Turn(question, answer, key)
 
 
 def _number_key(value: int) -> dict:

@@ -23,51 +23,54 @@ def _aside(rng: random.Random, scene: Scene, thing: Thing) -> str:
     )
 
 
-def ask_colour(rng: random.Random, scene: Scene) -> Turn | None:
-    """What colour is the circle?"""
-    things = scene.unique("shape")
+def _ask_about(
+    rng: random.Random, scene: Scene, unique: str, question: str, answer: str
+) -> tuple[Thing, str, str] | None:
+    """A thing that is alone in its `unique` attribute, the question about it, and the answer.
+
+    The texts may hold {s}hape, {c}olour, si{z}e, {n}ame; the answer {p}lace too. None if no thing
+    is alone.
+    """
+    things = scene.unique(unique)
     if not things:
         return None
     t = rng.choice(things)
-    question = spin(
+    words = {"s": t.shape, "c": t.colour, "z": t.size, "n": t.short}
+    question = spin(rng, question, **words)
+    return t, question, spin(rng, answer, p=place_phrase(rng, t.cell), **words)
+
+
+def ask_colour(rng: random.Random, scene: Scene) -> Turn | None:
+    """What colour is the circle?"""
+    asked = _ask_about(
         rng,
+        scene,
+        "shape",
         "[What colour is the {s}?|Which colour does the {s} have?|Tell me the {s}'s colour.]",
-        s=t.shape,
-    )
-    answer = spin(
-        rng,
         "[The {s} is {c}.|It is {c}.|The {s} you ask about is {c}.|Its colour is {c}.] "
         "[It is {z} and sits {p}.|You can find it {p}, and it is {z}."
         "|This {z} shape is {p}.|It is a {z} one {p}.]",
-        s=t.shape,
-        c=t.colour,
-        z=t.size,
-        p=place_phrase(rng, t.cell),
     )
+    if asked is None:
+        return None
+    t, question, answer = asked
     return Turn(question, f"{answer} {_aside(rng, scene, t)}", choice_key(t.colour, COLOURS))
 
 
 def ask_shape(rng: random.Random, scene: Scene) -> Turn | None:
     """What shape is the red thing?"""
-    things = scene.unique("colour")
-    if not things:
-        return None
-    t = rng.choice(things)
-    question = spin(
+    asked = _ask_about(
         rng,
+        scene,
+        "colour",
         "[What shape is the {c} object?|Which shape is {c}?|What is the {c} thing?"
         "|Name the shape of the {c} object.]",
-        c=t.colour,
-    )
-    answer = spin(
-        rng,
         "[The {c} object is a {s}.|It is a {s}.|That is a {z} {s}.|The {c} one is a {z} {s}.] "
         "[It sits {p}.|You can see it {p}.|It is {p}.|Look {p} to find it.]",
-        c=t.colour,
-        s=t.shape,
-        z=t.size,
-        p=place_phrase(rng, t.cell),
     )
+    if asked is None:
+        return None
+    t, question, answer = asked
     return Turn(question, f"{answer} {_aside(rng, scene, t)}", choice_key(t.shape, SHAPES))
 
 
@@ -188,22 +191,16 @@ def ask_relation(rng: random.Random, scene: Scene) -> Turn | None:
 
 def ask_where(rng: random.Random, scene: Scene) -> Turn | None:
     """Where is the red circle?"""
-    things = scene.unique("short")
-    if not things:
-        return None
-    t = rng.choice(things)
-    question = spin(
+    asked = _ask_about(
         rng,
+        scene,
+        "short",
         "[Where is the {n}?|Where can I find the {n}?|In which part of the picture is the {n}?]",
-        n=t.short,
-    )
-    answer = spin(
-        rng,
         "[The {n} is|It is|You can find it|The {z} {n} sits] {p}.",
-        n=t.short,
-        z=t.size,
-        p=place_phrase(rng, t.cell),
     )
+    if asked is None:
+        return None
+    t, question, answer = asked
     if t.cell == 4:
         answer = answer.replace("in the centre of the picture", "in the middle of the picture")
     return Turn(question, f"{answer} {_aside(rng, scene, t)}", choice_key(PLACES[t.cell], PLACES))
