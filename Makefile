@@ -28,7 +28,7 @@ test: $(READY)
 	$(BIN)/python -m pytest $(TESTS) --durations=10
 
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.soak $(SOAK_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -36,8 +36,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_msd.demo.engine import Drafting, Engine, restart_tuned
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, Engine, restart_tuned
 
 BASE = "msd"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--records", type=int, default=5000, help="of text, and of multimodal data")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
-    parser.add_argument("--config", type=Path, default=Path("vllm_msd/demo/draft.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("demo_factory/draft.yaml"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--work", type=Path, default=Path("build/evidence"))
     parser.add_argument("--output", type=Path, help="write figures as JSON")
@@ -86,6 +86,7 @@ def main() -> int:
     facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "plot", "jobs")})
     pair = paths.demo_pair()
     try:
+        paths.use_factory()
         data = make_data(args.work / "data", args.records, pair.target)
         runs = [(v, s) for s in args.seeds for v in args.variants]
         train_all(runs, args, pair.target, data)
@@ -110,7 +111,7 @@ def main() -> int:
 
 def make_data(folder: Path, records: int, target: Path) -> dict[str, Path]:
     """Conversations of the demo world in which the target itself has answered."""
-    from vllm_msd.demo.write_data import write_data
+    from demo_factory.write_data import write_data
 
     done = folder / "done.json"
     about = {"records": records, "seed": DATA_SEED}
@@ -170,8 +171,8 @@ def train_one(config: str, changed: dict[str, Any]) -> None:
 
 def held_out(args: argparse.Namespace) -> Path:
     """The held-out questions as a file of conversations, for `vllm-msd eval`."""
-    from vllm_msd.demo.compare import held_out_samples
-    from vllm_msd.demo.write_data import write_records
+    from demo_factory.held_out import held_out_samples
+    from demo_factory.write_data import write_records
 
     path = args.work / "held_out" / f"held-out-{args.num_prompts}.json"
     if not path.is_file():
@@ -208,7 +209,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) -> None:
     """Add each run's acceptance in vLLM, and whether its answers are those without a draft."""
-    from vllm_msd.demo.compare import acceptance, held_out_samples
+    from demo_factory.held_out import held_out_samples
+    from vllm_msd.measure.compare import acceptance
 
     samples = held_out_samples(args.num_prompts, HELD_OUT_SEED)
     plain: list[list[int]] = []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_msd.demo.engine import SHORT
+from vllm_msd.measure.engine import SHORT
 
 from .tables import machine, source, table
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-FOLDERS = "vllm_msd|kernels|tests|examples|benchmarks|docs|tools"
+FOLDERS = "vllm_msd|kernels|tests|examples|benchmarks|demo_factory|docs|tools"
 
 
 def read(page: str) -> str:
