@@ -13,8 +13,8 @@ from .tables import machine
 
 SOURCES = ("benchmarks/results/demo.json", "benchmarks/results/trees.json")
 PICTURE = "docs/pictures/decoding.svg"
-# Each with a contrast of 4 or more on white and on GitHub's dark page.
-INK, PLAIN, CHAIN, TREE = "#707a86", "#848d97", "#3d82d6", "#c2681a"
+# Each with a contrast of about 4 on white and on GitHub's dark page.
+INK, PLAIN, CHAIN, TREE = "#767f8a", "#848d97", "#3d82d6", "#c2681a"
 
 
 def content(demo: dict[str, Any], trees: dict[str, Any]) -> dict[str, Any]:
