@@ -56,8 +56,7 @@ COMPARISONS = {
     "Drafting steps in training": [BASE, "three-step"],
 }
 NUM_SPECULATIVE_TOKENS = 5
-# Of the world's samplers: held-out prompts are from the test split anyway.
-DATA_SEED, HELD_OUT_SEED = 5, 70_000
+DATA_SEED, HELD_OUT_SEED = 5, 70_000  # of the world's samplers, in splits of their own
 
 
 def main() -> int:
@@ -79,7 +78,6 @@ def main() -> int:
 
     from vllm_msd.demo import paths
     from vllm_msd.provenance import provenance
-
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})

@@ -252,7 +252,8 @@ def list_cases(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tree_attention",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     grid = parser.add_argument_group("cases (every combination)")
     models = [m for m in MODELS if m != TINY]
