@@ -57,8 +57,7 @@ COMPARISONS = {
     "Drafting steps in training": [BASE, "three-step"],
 }
 NUM_SPECULATIVE_TOKENS = 5
-# Of the world's samplers: held-out prompts are from the test split anyway.
-DATA_SEED, HELD_OUT_SEED = 5, 70_000
+DATA_SEED, HELD_OUT_SEED = 5, 70_000  # of the world's samplers, in splits of their own
 
 
 def main() -> int:

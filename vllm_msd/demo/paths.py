@@ -45,8 +45,8 @@ def use_factory() -> None:
     root = Path(__file__).parents[2]
     if not (root / "demo_factory" / "__init__.py").is_file():
         raise ConfigError(
-            f"demo_factory: not in {root}, expected beside the package; this needs vllm-msd "
-            "installed from a checkout of its repository with `pip install -e .`."
+            "this needs a checkout of vllm-msd's repository, installed with `pip install -e .`: "
+            f"there is no demo_factory in {root}."
         )
     if str(root) not in sys.path:
         sys.path.append(str(root))
