@@ -39,7 +39,7 @@ check-033: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py vllm_msd_startup.pth tools/setup_venv.sh
+$(READY): pyproject.toml setup.py vllm_msd_startup.py tools/setup_venv.sh
 	tools/setup_venv.sh "$(VENV)" "$(DEVICE)"
 	touch $@
 
