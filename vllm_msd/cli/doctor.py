@@ -251,20 +251,20 @@ def _tree_rows() -> Iterator[Finding]:
         return
     import torch
 
-    from vllm_msd.tree.free_rows import free_rows
+    from vllm_msd.roofline.shapes import device_named, free_rows
 
     if not torch.cuda.is_available():
         value = f"not free on a CPU, draft a chain (tree_top_k 1); {MEASURE_TREES} measures it here"
         yield Finding("machine", "rows of a tree", value)
         return
     for name in dict.fromkeys(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))):
-        rows = free_rows(name)
-        if rows is None:
+        device = device_named(name)
+        if device is None:
             value = f"cost unknown on {name}; {MEASURE_TREES} measures it"
         else:
             value = (
                 f"nearly free on {name} while (num_speculative_tokens + 1) x requests in a step "
-                f"stays under about {rows} (arithmetic, not measured)"
+                f"stays under about {round(free_rows(device), -1):.0f} (arithmetic, not measured)"
             )
         yield Finding("machine", "rows of a tree", value)
 
