@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.demo.world import Sample
+from demo_factory.world import Sample
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 240

@@ -3,11 +3,11 @@
 import json
 import shutil
 
+from demo_factory.build import DRAFT_SETTINGS
+from demo_factory.train_target import TargetTrainer, TargetTraining
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.cli.main import main
-from vllm_msd.demo.build import DRAFT_SETTINGS
 from vllm_msd.demo.paths import PAIR, demo_pair
-from vllm_msd.demo.train_target import TargetTrainer, TargetTraining
 
 
 def test_a_finished_training_of_the_target_stays_as_it_is(tmp_path, capsys):

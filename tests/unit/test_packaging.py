@@ -16,6 +16,7 @@ from vllm_msd.cli import main as cli
 from vllm_msd.errors import MSDError
 
 ROOT = Path(__file__).parents[2]
+LIMIT_BYTES = 1_000_000
 HEAVY = {"torch", "transformers", "vllm", "numpy", "PIL"}
 
 
@@ -69,8 +70,18 @@ def test_wheel_holds_every_package_and_the_demo_pair(wheel):
             inside = f"vllm_msd/{inside}" if package == "kernels" else inside
             assert inside in names, "does its folder have an __init__.py?"
     assert "vllm_msd/demo/pair/target/model.safetensors" in names
-    assert "vllm_msd/demo/draft.yaml" in names
-    assert not any(name.startswith(("kernels/", "tests/")) for name in names)
+    assert "vllm_msd/demo/report/template.html" in names
+    samples = (ROOT / "vllm_msd/demo/pair/samples").iterdir()
+    assert {path.relative_to(ROOT).as_posix() for path in samples} <= names
+    inside = {name.split("/")[0].split("-")[0] for name in names}
+    assert inside == {"vllm_msd", "vllm_msd_startup.pth"}, "neither tests nor the demo's factory"
+
+
+@pytest.mark.parametrize("wheel", ["build_wheel"], indirect=True)
+def test_wheel_is_small_without_the_weights(wheel):
+    weights = [one for one in wheel.infolist() if one.filename.endswith("model.safetensors")]
+    size = Path(wheel.filename).stat().st_size - sum(one.compress_size for one in weights)
+    assert size < LIMIT_BYTES
 
 
 def test_installed_package_announces_plugin_and_extras():

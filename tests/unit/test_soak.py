@@ -1,11 +1,11 @@
-"""The long runs' thresholds: what `benchmarks/soak.py` calls a failure."""
+"""The long runs' thresholds: what `tests/long/soak.py` calls a failure."""
 
 import json
 
 import pytest
 
-from benchmarks.soak import PARTS, REPOSITORY, failures
 from tests.common.soak import growth
+from tests.long.soak import PARTS, REPOSITORY, failures
 
 RUN = {
     "mismatches": [],

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from demo_factory.write_data import write_data
 from tests.common.worker import run_worker
 from vllm_msd.cli.main import main
 from vllm_msd.demo.paths import demo_pair
-from vllm_msd.demo.write_data import write_data
 
 MAX_TOKENS = 64
 RECORDS = 6  # of text, and as many with an image

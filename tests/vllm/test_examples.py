@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from demo_factory.world import sample
 from tests.common.server import REPOSITORY
-from vllm_msd.demo.world import sample
 
 EXAMPLES = REPOSITORY / "examples"
 

@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from demo_factory.world import KINDS, Sample, sample
 from tests.common.server import MAX_MODEL_LEN, REPOSITORY, Server, chat_messages, image_url, png
-from vllm_msd.demo.world import KINDS, Sample, sample
 
 REQUESTS = {
     "good": 90,
