@@ -14,6 +14,7 @@ import torch
 
 from tests.common import tiny
 from tests.common.conversations import write_conversations
+from tests.common.worker import HANGS
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.training import TrainSettings
@@ -144,7 +145,7 @@ def test_two_processes_have_the_losses_of_one(setting):
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(folder / "two") == pytest.approx(setting.expected, rel=1e-4)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from demo_factory.world import sample
-from tests.common.server import REPOSITORY
+from tests.common.worker import HANGS, REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
 
@@ -22,7 +22,7 @@ def run(fresh_process):
             [*starter, str(EXAMPLES / name), *arguments],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=HANGS,
             cwd=REPOSITORY,
             check=False,
             **fresh_process,

@@ -26,7 +26,6 @@ def report(request):
     return run_worker(
         "greedy",
         request.param,
-        timeout=1800,
         target=str(pair.target),
         draft=str(pair.draft),
         requests=REQUESTS,

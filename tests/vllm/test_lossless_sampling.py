@@ -23,7 +23,6 @@ def report(tmp_path_factory):
     return run_worker(
         "sampling",
         "v1",
-        timeout=1800,
         target=target,
         draft=draft,
         draws=DRAWS,

@@ -10,14 +10,13 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from tests.common import tiny
+from tests.common.worker import HANGS, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 SITECUSTOMIZE = """
 import sys
 from importlib.machinery import PathFinder
@@ -136,7 +135,7 @@ def test_vllm_works_and_a_request_for_msd_is_told_why_not(pair, tmp_path, fresh_
         **fresh_process | {"env": environment, "cwd": tmp_path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
