@@ -90,6 +90,7 @@ def test_split_of_the_work_changes_no_loss(setting, changes):
     assert setting("-".join(changes), **changes) == pytest.approx(setting.expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_killed_run_resumes_with_the_same_losses(setting):
     """`vllm-msd train` killed at a random step, in the middle of what it does there."""
     folder, steps = setting.folder, 40

@@ -22,6 +22,7 @@ from demo_factory.world import KINDS, Sample, sample
 from tests.common.server import MAX_MODEL_LEN, REPOSITORY, Server, chat_messages, image_url, png
 from tests.common.worker import HANGS
 
+pytestmark = pytest.mark.long
 REQUESTS = {
     "good": 90,
     "streamed": 90,
