@@ -230,6 +230,12 @@ def test_source_check_sees_changes(tmp_path):
     assert len(patching.check_source(tmp_path, "0.32.0", tuple(bad))) == 3
 
 
+def test_source_of_an_unsupported_version_is_a_wrong_argument(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        patches_main(["--check-source", str(tmp_path), "--version", "0.40.0"])
+    assert "supports vLLM 0.32-0.33, got 0.40.0" in capsys.readouterr().err
+
+
 @pytest.mark.skipif("MSD_VLLM_SOURCE" not in os.environ, reason="MSD_VLLM_SOURCE is not set")
 def test_other_versions_source(capsys):
     assert patches_main(["--check-source", os.environ["MSD_VLLM_SOURCE"]]) == 0, capsys.readouterr()
