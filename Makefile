@@ -1,6 +1,6 @@
 # Everything sets itself up: a virtual environment, vLLM, this package. Later calls start at once.
 #   make demo                 the trained demo pair with and without MSD; writes demo/report.html
-#   make test                 all tests; TESTS=tests/unit for some of them
+#   make test                 all tests; TESTS=tests/unit for some of them, FAST=1 for short ones
 #   make soak                 the tests' long forms: hours; SOAK_ARGS=--resume goes on with a run
 #   make lint                 ruff, and mypy over the rooms without vLLM
 #   make docs                 the pages of docs/ as a site, in build/site
@@ -11,6 +11,7 @@
 DEVICE ?= cpu
 VENV ?= .venv
 TESTS ?= tests
+FAST ?=
 DEMO_ARGS ?=
 SOAK_ARGS ?=
 
@@ -25,7 +26,7 @@ demo: $(READY)
 	$(BIN)/vllm-msd demo run $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(TESTS) --durations=10
+	$(BIN)/python -m pytest $(TESTS) $(if $(FAST),-m "not long") --durations=10
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.soak $(SOAK_ARGS)
@@ -47,7 +48,7 @@ check-033: $(READY)
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py vllm_msd_startup.pth tools/setup_venv.sh
+$(READY): pyproject.toml setup.py vllm_msd_startup.py tools/setup_venv.sh
 	tools/setup_venv.sh "$(VENV)" "$(DEVICE)"
 	touch $@
 

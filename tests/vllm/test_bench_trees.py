@@ -11,6 +11,8 @@ from tests.common.server import REPOSITORY
 
 TREE = "tree of 4 nodes, depth 3, top-k 2"
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def report(fresh_process, tmp_path_factory):

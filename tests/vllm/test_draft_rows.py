@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 
 from tests.common import tiny
+from tests.common.long import long_but
 from tests.common.worker import run_worker
 
 TOLERANCE = 2e-3
@@ -22,6 +23,7 @@ RUNS = {
     ("llava", "v2"): [],
     ("qwen2_vl", "v2"): [],
 }
+SHORT = {("qwen2_vl", "v1")}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def reports(tmp_path_factory):
     return report
 
 
-@pytest.mark.parametrize(("kind", "runner"), RUNS)
+@pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
 def test_rows_and_chains_agree(reports, kind, runner):
     report = reports(kind, runner)
     assert report["missing"] == 0, report
@@ -57,7 +59,8 @@ def test_rows_and_chains_agree(reports, kind, runner):
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "fault"), [(*run, fault) for run, faults in RUNS.items() for fault in faults]
+    ("kind", "runner", "fault"),
+    long_but(SHORT, [(*run, fault) for run, faults in RUNS.items() for fault in faults]),
 )
 def test_faults_are_found(reports, kind, runner, fault):
     """The negative control: the mask ignored, and each mend of Model Runner V1 taken away."""
@@ -95,6 +98,7 @@ def tree_reports(tmp_path_factory):
     return report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
 def test_settled_rows_are_those_of_a_chain(tree_reports, kind, runner):
     """After settling, the draft reads what it reads with chains, and grows the trees it should."""
@@ -109,6 +113,7 @@ def test_settled_rows_are_those_of_a_chain(tree_reports, kind, runner):
     assert max(same.values()) < TOLERANCE, report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
 def test_a_missing_gather_is_found(tree_reports, kind, runner):
     """It changes no output, only what the draft reads."""
