@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_TREE_SLOTS = 64  # bits in one mask: the root and up to 63 drafted nodes
+MAX_NODES = 64  # of a tree, the root included: bits in one mask
 NO_TREE = -1  # tree_start of a request that is plain causal
 
 
@@ -19,10 +19,10 @@ def ancestor_bits(parents: Sequence[int]) -> Tensor:
     ``parents[i]`` is the node before i on its path, and -1 for the root, which comes first. Every
     parent stands before its children. A node sees itself, its parent, its parent's parent, ...
     """
-    if len(parents) > MAX_TREE_SLOTS:
+    if len(parents) > MAX_NODES:
         raise ValueError(
             f"a tree of {len(parents)} nodes does not fit one 64-bit mask per node: "
-            f"keep the root and at most {MAX_TREE_SLOTS - 1} others"
+            f"keep the root and at most {MAX_NODES - 1} others"
         )
     masks: list[int] = []
     for node, parent in enumerate(parents):
@@ -53,27 +53,17 @@ def visible_keys(query_len: int, seq_len: int, tree_start: int, ancestors: Tenso
     visible = key[None, :] <= position[:, None]
     if tree_start >= 0 and ancestors is not None:
         node = key - tree_start
-        has_bit = (node >= 0) & (node < MAX_TREE_SLOTS)
-        bit = (ancestors.cpu()[:, None] >> node.clamp(0, MAX_TREE_SLOTS - 1)) & 1
+        has_bit = (node >= 0) & (node < MAX_NODES)
+        bit = (ancestors.cpu()[:, None] >> node.clamp(0, MAX_NODES - 1)) & 1
         visible &= (node < 0) | (has_bit & bit.bool())
     return visible
 
 
 def tree_attention_eager(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    tree_start: Tensor | None,
-    ancestors: Tensor | None,
-    scale: float,
-    *,
-    out: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, tree_start: Tensor | None, ancestors: Tensor | None, scale: float,
+    *, out: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Same arguments and result as ``tree_attention``; computes in float32.
 
     Slots of the cache that no query may look at can hold anything, NaN included: they never reach

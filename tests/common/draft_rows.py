@@ -43,11 +43,11 @@ class Recorder:
         compute_logits = draft.compute_logits
 
         def parents_v1(_: Any) -> Tensor | None:
-            return drafter.drafted[1] if hasattr(drafter, "drafted") else None
+            return drafter.drafted.parents if hasattr(drafter, "drafted") else None
 
         def parents_v2(input_batch: Any) -> Tensor | None:
-            state = drafter.model_state
-            return state.parents[input_batch.idx_mapping] if hasattr(state, "parents") else None
+            store = getattr(drafter.model_state, "store", None)
+            return None if store is None else store.parents[input_batch.idx_mapping]
 
         def propose_v1(**arguments: Any) -> Tensor:
             starts = arguments["common_attn_metadata"].query_start_loc_cpu.tolist()

@@ -5,13 +5,12 @@ of a report only read it. LLaVA runs every case. The Qwen targets run what M-RoP
 other families, ``test_trained_drafts`` has the cases under Model Runner V1.
 """
 
-from functools import cache
-
 import pytest
 
 from tests.common import tiny
 from tests.common.chain_identity import CASES
 from tests.common.long import long_but
+from tests.common.pair_reports import pair_reports
 from tests.common.worker import run_worker
 
 # Drafting always from the first token on, so that no case can pass by not speculating.
@@ -33,26 +32,13 @@ CONSTRAINED = {"structured_output", "penalties"}
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) when it is first asked for."""
-    folder = tmp_path_factory.mktemp("pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind)
+    def arguments(kind, runner, pair):
+        # The published layout for one of them: it is read without conversion.
+        draft = pair.published if kind == "qwen2_5_vl" else pair.draft
+        return {"draft": draft, "cases": RUNS[kind, runner]}
 
-    @cache
-    def report(kind, runner):
-        pair = pair_of(kind)
-        return run_worker(
-            "chain",
-            runner,
-            kind=kind,
-            target=pair.target,
-            # The published layout for one of them: it is read without conversion.
-            draft=pair.published if kind == "qwen2_5_vl" else pair.draft,
-            cases=RUNS[kind, runner],
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("pairs"), "chain", arguments)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,10 @@ fp32 throughout. The target's side goes through Hugging Face's own implementatio
 are those of two fp32 implementations of a few layers; a wrong row is off by 0.1 and more.
 """
 
-from functools import cache
-
 import pytest
 
-from tests.common import tiny
 from tests.common.long import long_but
-from tests.common.worker import run_worker
+from tests.common.pair_reports import pair_reports
 
 TOLERANCE = 2e-3
 RUNS = {
@@ -29,20 +26,11 @@ SHORT = {("qwen2_vl", "v1")}
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) with its faults when it is first asked for."""
-    folder = tmp_path_factory.mktemp("pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind)
+    def faults(kind, runner, pair):
+        return {"faults": RUNS[kind, runner]}
 
-    @cache
-    def report(kind, runner):
-        pair, faults = pair_of(kind), RUNS[kind, runner]
-        return run_worker(
-            "draft_rows", runner, kind=kind, target=pair.target, draft=pair.draft, faults=faults
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("pairs"), "draft_rows", faults)
 
 
 @pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
@@ -77,31 +65,17 @@ TREE_RUNS = [("llava", "v1"), ("qwen2_vl", "v1"), ("llava", "v2")]
 @pytest.fixture(scope="module")
 def tree_reports(tmp_path_factory):
     """Runs a (kind, runner) with trees, and again without the gather, when first asked for."""
-    folder = tmp_path_factory.mktemp("tree_pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind, decoys=2)
+    def faults(kind, runner, pair):
+        return {"faults": ["draft_gather"], "tree": TREE}
 
-    @cache
-    def report(kind, runner):
-        return run_worker(
-            "draft_rows",
-            runner,
-            kind=kind,
-            target=pair_of(kind).target,
-            draft=pair_of(kind).draft,
-            faults=["draft_gather"],
-            tree=TREE,
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("tree_pairs"), "draft_rows", faults, decoys=2)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
-def test_settled_rows_are_those_of_a_chain(tree_reports, kind, runner):
-    """After settling, the draft reads what it reads with chains, and grows the trees it should."""
+def test_gathered_rows_are_those_of_a_chain(tree_reports, kind, runner):
+    """Along accepted paths the draft reads what it reads with chains, and grows the right trees."""
     report = tree_reports(kind, runner)
     assert report["missing"] == 0, report
     assert report["wrong_branch"] == 0, report

@@ -4,12 +4,11 @@ Each report comes from one process with two engines (see ``tests.common.tree_ide
 of a report only read it. The drafts are unsure, so that more than first children are accepted.
 """
 
-from functools import cache
-
 import pytest
 
 from tests.common import tiny
 from tests.common.long import long_but
+from tests.common.pair_reports import pair_reports
 from tests.common.tree_identity import ALL_CASES
 from tests.common.worker import run_worker
 
@@ -54,25 +53,11 @@ MUTATIONS = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) when it is first asked for."""
-    folder = tmp_path_factory.mktemp("pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind, decoys=2)
+    def arguments(kind, runner, pair):
+        return {"cases": RUNS[kind, runner], "mutations": MUTATIONS.get((kind, runner))}
 
-    @cache
-    def report(kind, runner):
-        return run_worker(
-            "tree",
-            runner,
-            kind=kind,
-            target=pair_of(kind).target,
-            draft=pair_of(kind).draft,
-            cases=RUNS[kind, runner],
-            mutations=MUTATIONS.get((kind, runner)),
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("pairs"), "tree", arguments, decoys=2)
 
 
 @pytest.mark.parametrize(

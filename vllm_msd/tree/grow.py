@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.tree.record import MAX_NODES, DraftTree
+from vllm_msd.kernels import MAX_NODES
+from vllm_msd.tree.record import DraftTree
 
 
 @dataclass(frozen=True)
