@@ -53,6 +53,19 @@ def test_paths_that_a_page_names_exist(page):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_files_that_the_architecture_names_exist():
+    tracked = [path.as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    named = re.findall(r"`([\w/]+\.py)`", read("docs/architecture.md"))
+    assert named
+    assert not [name for name in named if not any(f.endswith(f"/{name}") for f in tracked)]
+
+
+def test_every_result_file_is_on_a_page():
+    pages = "".join(map(read, PAGES))
+    files = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    assert not [name for name in files if f"benchmarks/results/{name}" not in pages]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_that_a_page_names_exist(page):
     targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.M))
@@ -80,6 +93,15 @@ def test_published_drafts_are_those_of_the_plugin(page):
     text = read(page)
     for target, draft in PUBLISHED_DRAFTS.items():
         assert f"| `{target}` | `{draft}` |" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serve.md"])
+@pytest.mark.parametrize("name", ["H100", "H200"])
+def test_free_rows_are_those_of_the_roofline(page, name):
+    from vllm_msd.roofline.shapes import DEVICES, free_rows
+
+    rows = round(free_rows(DEVICES[name.lower()]), -1)
+    assert f"{rows:.0f} on an {name}" in " ".join(read(page).split())
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
