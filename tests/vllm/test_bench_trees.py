@@ -41,8 +41,8 @@ def test_products_are_those_of_the_passes(report):
     # One pass over five rows and three over two, as the tree of the run has them.
     assert products["milliseconds_per_verification"][TREE] == target["5"] + 3 * draft["2"]
     assert products["milliseconds_per_verification"]["no speculation"] == target["1"]
-    # Four matrices a layer and a head: at 30M the target has nine layers, the draft one and a matrix
-    # that joins embedding and hidden state.
+    # Four matrices a layer and a head: the target has nine layers at 30M, the draft one and a
+    # matrix that joins embedding and hidden state.
     assert products["matrices"] == {"target": 4 * 9 + 1, "draft": 4 + 1 + 1}
     # No time is compared with another: the machine may be busy during either.
     for times in (target, draft):
