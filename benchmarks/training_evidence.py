@@ -1,6 +1,7 @@
 """Test the paper's two claims, and training over several steps, on the demo world.
 
-    python benchmarks/training_evidence.py --output benchmarks/results/training.json
+    python benchmarks/training_evidence.py --output benchmarks/results/training.json \\
+        --plot docs/pictures/training.png
     python benchmarks/training_evidence.py --variants msd coupled --seeds 0 --steps 100
 
 Every variant is `vllm-msd train` with one setting changed, on the same records for the same number
@@ -72,7 +73,8 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("demo_factory/draft.yaml"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--work", type=Path, default=Path("build/evidence"))
-    parser.add_argument("--output", type=Path, help="write figures as JSON, and a plot beside it")
+    parser.add_argument("--output", type=Path, help="write figures as JSON")
+    parser.add_argument("--plot", type=Path, help="draw them as a picture")
     args = parser.parse_args()
     restart_tuned()
 
@@ -80,7 +82,7 @@ def main() -> int:
     from vllm_msd.provenance import provenance
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})
+    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "plot", "jobs")})
     pair = paths.demo_pair()
     try:
         paths.use_factory()
@@ -100,7 +102,8 @@ def main() -> int:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result["summary"], args.output.with_suffix(".png"))
+    if args.plot:
+        draw(result["summary"], args.plot)
     wrong = [run for run in found if run["identical"] not in (None, run["requests"])]
     return 1 if wrong else 0
 

@@ -18,10 +18,9 @@ import torch
 
 from tests.common.cpu_trees import CpuModel
 from vllm_msd.provenance import provenance
-from vllm_msd.tree import tree_relations
+from vllm_msd.tree import TreeRows, tree_relations
 from vllm_msd.vllm_plugin.cpu.paths import plan_paths
 from vllm_msd.vllm_plugin.cpu.scratch import MAX_BLOCKS
-from vllm_msd.vllm_plugin.trees.rows import TreeRows
 
 SHAPE = {"heads": 32, "kv_heads": 8, "head_size": 64, "dtype": torch.bfloat16}
 CONTEXTS = (250, 500, 2000)  # not whole blocks: the end of the context is copied too

@@ -80,6 +80,7 @@ def test_chat_template_gives_the_ids_of_training(kind, processor):
         assert processor.apply_chat_template(plain) == text.replace("<image>\n", "")
 
 
+@pytest.mark.long
 def test_draft_fits_and_another_image_does_not_help_it(target):
     config, state = load_draft(demo_pair().draft)
     check_draft_fits_target(config, target.config)

@@ -24,7 +24,7 @@ HEAVY = {"torch", "transformers", "vllm", "numpy", "PIL"}
 def source(tmp_path_factory):
     """A copy of what a build reads: building leaves traces in the source folder."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_msd_startup.pth"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_msd_startup.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("vllm_msd", "kernels"):
         ignore = shutil.ignore_patterns("__pycache__", "*.safetensors")
@@ -49,7 +49,11 @@ def wheel(request, source, tmp_path_factory):
 def test_start_up_hook_lies_at_the_top_of_both_wheels(wheel):
     hook = "vllm_msd_startup.pth"
     content = wheel.read(hook)
-    assert content == (ROOT / hook).read_bytes()
+    (line,) = content.decode().splitlines()
+    assert line.startswith("import "), "site executes no other lines"
+    editable = "editable" in Path(wheel.filename).name
+    assert f"'from_checkout': {editable}}}" in line and "torch/version.py" in line
+    compile(line, hook, "exec")
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
     (record,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD"))
     lines = wheel.read(record).decode().splitlines()
@@ -84,7 +88,9 @@ def test_installed_package_announces_plugin_and_extras():
     points = importlib.metadata.entry_points(group="vllm.general_plugins", name="msd")
     assert {point.value for point in points} == {"vllm_msd.vllm_plugin.plugin:register"}
     metadata = importlib.metadata.metadata("vllm-msd")
-    assert {"gpu", "cpu", "bench", "train", "test"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"gpu", "cpu", "bench", "train", "completion", "test"} <= set(
+        metadata.get_all("Provides-Extra")
+    )
     assert metadata["Version"] == vllm_msd.__version__
 
 
@@ -110,6 +116,32 @@ def test_help_names_every_command(capsys):
     shown = capsys.readouterr().out
     for command in ("doctor", "convert", "inspect", "demo"):
         assert f"\n    {command} " in shown
+
+
+def test_version_names_what_is_installed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    told = dict(part.split() for part in capsys.readouterr().out.strip().split(", "))
+    assert told["vllm-msd"] == vllm_msd.__version__
+    assert told["torch"] == importlib.metadata.version("torch") and "vllm" in told
+
+
+def test_bash_completes_commands(capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out + (
+        "COMP_WORDS=(vllm-msd doc); COMP_CWORD=1\n"
+        "$(complete -p vllm-msd | sed 's/.*-F \\([^ ]*\\) .*/\\1/') vllm-msd doc vllm-msd\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(["bash"], input=script, capture_output=True, text=True)
+    assert done.stdout.strip() == "doctor", done.stderr
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "zsh"]) == 2
+    assert "vllm-msd[completion]" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from benchmarks import readme
 from benchmarks.bench_trees import ROWS
+from benchmarks.pages import decoding
 from tests.common.server import REPOSITORY
 
 TREE = "tree of 4 nodes, depth 3, top-k 2"
+
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -57,5 +59,5 @@ def test_parts_of_a_step_add_up(report):
 
 
 def test_section_of_the_readme(report):
-    text = readme.trees("trees.json", report)
+    text = decoding.trees("trees.json", report)
     assert f"| {TREE} | " in text and "tokens/s at most" in text and "| whole step | " in text

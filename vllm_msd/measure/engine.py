@@ -203,6 +203,21 @@ class Engine:
         args = EngineArgs(model=str(target), dtype=dtype, **(defaults | options))
         self.llm = LLMEngine.from_engine_args(args, stat_loggers=[self._record])
         self._count = 0
+        self._verified: list[tuple] = []  # of the last step: tokens, parents, AcceptedPaths
+        if self._keep_trees:
+            runner = self.model_runner
+            self._watch(getattr(runner, "store", None) or runner.model_state.store)
+
+    def _watch(self, store: Any) -> None:
+        """Look at what a `vllm_msd.tree.TreeStore` accepts."""
+        accept = store.accept
+
+        def watching(slots: Any, row_start: Any, drawn: Any, tokens: Any) -> Any:
+            found = accept(slots, row_start, drawn, tokens)
+            self._verified[:] = [(tokens, store.parents[slots], found)]
+            return found
+
+        store.accept = watching
 
     @property
     def model_runner(self) -> Any:
@@ -259,21 +274,12 @@ class Engine:
 
         ``before`` are the answer's tokens up to the root, which the runner may not write down.
         """
-        sampler = self.model_runner.rejection_sampler
-        if self.llm.vllm_config.use_v2_model_runner:
-            verified, sampler.verified = sampler.verified, None
-            if verified is None:
-                return None
-            rows, parents, row_start, accepted = verified
-            tokens, size = rows, int(row_start[1] - row_start[0])
-        else:
-            if sampler.step is None:
-                return None
-            tree, accepted = sampler.step.tree, sampler.acceptance
-            tokens, parents, size = tree.tokens[0], tree.parents, int(sampler.step.num_nodes[0])
-        length = int(accepted.lengths[0]) + 1
+        if not self._verified:
+            return None
+        tokens, parents, accepted = self._verified.pop()
+        size, length = len(tokens), int(accepted.lengths[0]) + 1
         return VerifiedTree(
-            [before[-1], *tokens[1:size].tolist()],
+            [before[-1], *tokens[1:].tolist()],
             parents[0, :size].tolist(),
             accepted.nodes[0, :length].tolist(),
             accepted.tokens[0, :length].tolist(),

@@ -1,25 +1,15 @@
-"""README.md: its results are those of the result files, and what it names exists."""
+"""What the pages show is made of result files: sections, tables, the README's chart."""
 
-import importlib.util
+import copy
 import json
-import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.pages import __main__ as pages
+from benchmarks.pages import chart, decoding, identity, training
+
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-_spec = importlib.util.spec_from_file_location("readme_results", ROOT / "benchmarks" / "readme.py")
-results = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(results)
-
-
-@pytest.mark.parametrize("name", results.DOCUMENTS)
-def test_results_are_those_of_the_files(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    message = "run: python benchmarks/readme.py"
-    assert results.updated(text, results.section(document=name)) == text, message
 
 
 def test_section_is_made_from_the_files(tmp_path):
@@ -44,19 +34,19 @@ def test_section_is_made_from_the_files(tmp_path):
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
     (folder / "demo.json").write_text(json.dumps(demo))
-    section = results.section(tmp_path)
+    section = pages.section("docs/results.md", tmp_path)
     assert "| vqa | 3.25 |" in section
     assert "| small pair, fp32 | 10.00 | 15.50 | 1.55x | 6 of 7 |" in section
     assert "2026-01-01; A, 2 cores, 8 GiB; vllm 0.32.0" in section
     assert (
-        "widened to" not in section and "### Trees" not in section and "Losslessness" not in section
+        "widened to" not in section and "## Trees" not in section and "Losslessness" not in section
     )
 
 
 def test_section_of_trees():
     drafting = "tree of 7 nodes, depth 4, top-k 2"
     length = {"acceptance_length": 4.5}
-    text = results.trees(
+    text = decoding.trees(
         "trees.json",
         {
             "date": "2026-01-01",
@@ -96,7 +86,7 @@ def test_kinds_of_training_stand_under_their_heads():
 
     in_vllm = counted(vqa=4.0, chart=2.0, multimodal=3.0, all=3.0)
     offline = counted(chart=2.0, vqa=4.0, multimodal=3.0, all=3.0)
-    text = results.training(
+    text = training.training(
         "training.json",
         {
             "date": "2026-01-01",
@@ -113,7 +103,7 @@ def test_kinds_of_training_stand_under_their_heads():
 
 
 def test_section_of_training_time():
-    text = results.training_time(
+    text = training.training_time(
         "training_time.json",
         {
             "date": "2026-01-01",
@@ -139,7 +129,7 @@ def test_section_of_long_runs():
     run = {"provenance": origin, "kind": "llava", "requests": 40, "used_blocks": 0, **counts}
     trial = {"wrong_rule": "none", "temperature": 0.7, "top_p": 1.0, "top_k": 6, "min_p": 0.0}
     trials = [{**trial, "draws": 100, "positions": [{"p": 0.5}, {"p": p}]} for p in (0.125, 0.25)]
-    text = results.soak(
+    text = identity.soak(
         "results/soak.json",
         {
             "identity-v2-async": {
@@ -159,21 +149,17 @@ def test_section_of_long_runs():
     assert "`results/soak.png`" in text
 
 
-def test_readme_without_markers_is_refused():
+def test_a_page_without_markers_is_refused():
     with pytest.raises(SystemExit, match="markers"):
-        results.updated("nothing here", results.section())
+        pages.updated("nothing here", pages.section("README.md"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
-def test_paths_that_a_page_names_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    named = re.findall(r"`((?:vllm_msd|kernels|tests|examples|benchmarks|docs)/[\w./-]*)`", text)
-    missing = [name for name in named if not (ROOT / name).exists()]
-    assert named and not missing
-
-
-def test_published_drafts_are_those_of_the_plugin():
-    from vllm_msd.vllm_plugin.configuration.resolve import PUBLISHED_DRAFTS
-
-    for target, draft in PUBLISHED_DRAFTS.items():
-        assert f"| `{target}` | `{draft}` |" in README
+def test_chart_of_other_figures_is_out_of_date(tmp_path):
+    demo, trees = map(pages.read, chart.SOURCES)
+    content = chart.content(demo, trees)
+    other = copy.deepcopy(trees)
+    other["speed"]["plain_tokens_per_second"] += 1
+    assert not chart.shows(tmp_path / "chart.svg", content)
+    chart.draw(content, tmp_path / "chart.svg")
+    assert chart.shows(tmp_path / "chart.svg", content)
+    assert not chart.shows(tmp_path / "chart.svg", chart.content(demo, other))

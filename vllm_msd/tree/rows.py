@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ATTRIBUTE = "msd_tree"  # the attribute of vLLM's attention metadata that carries the trees
-
 
 @dataclass
 class TreeRows:
-    """The trees of one forward pass, handed to the backend on vLLM's attention metadata.
+    """The trees of one forward pass.
 
     KV slots stay linear: bit b of a mask stands for position ``tree_start + b``. A query row at
     position p sees position x if ``x <= p`` and, where its request has a tree, either
@@ -23,8 +21,7 @@ class TreeRows:
     on.
 
     Make a new object for every forward pass: backends keep what they derived from it on it. The
-    levels of one drafting round are linked, the first made plainly, the others from the one
-    before with `next_level`.
+    levels of one drafting round are linked, see `draft_level`.
 
     Attributes:
         tree_start: ``[R]`` int32 position of the root (verification) or of the first drafted row
@@ -43,40 +40,16 @@ class TreeRows:
     older: "TreeRows | None" = None
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def next_level(self, ancestors: Tensor) -> "TreeRows":
-        """The drafting round's next level: same requests in the same order, same tree starts.
-
-        Args:
-            ancestors: ``[rows]`` int64 masks of the new level's rows.
-        """
-        return TreeRows(self.tree_start, ancestors, self.is_draft, self)
-
-    def applies_to(self, layer: Any) -> bool:
-        """Whether this attention layer has to follow the trees, or is causal."""
-        return self.is_draft or not getattr(layer, "is_draft_layer", False)
-
 
 def draft_level(tree_start: Tensor, visible: Tensor, older: TreeRows | None) -> TreeRows:
     """One level of a drafting round, as `vllm_msd.tree.grow_tree` describes it.
 
     Args:
-        tree_start: ``[R]`` int32 position of each request's first drafted row.
+        tree_start: ``[R]`` int32 position of each request's first drafted row, the same tensor for
+            all levels of a round.
         visible: ``[R, k, k * (level + 1)]`` bool, which drafted rows each row of the level sees.
-        older: the level before, if any.
+        older: the level before, of the same requests in the same order; None at the first.
     """
     bit = torch.arange(visible.shape[-1], device=visible.device)
     ancestors = (visible.long() << bit).sum(-1).flatten()
-    if older is None:
-        return TreeRows(tree_start, ancestors, is_draft=True)
-    return older.next_level(ancestors)
-
-
-def attach(attn_metadata: dict[str, Any], tree: TreeRows | None) -> None:
-    """Hand the trees to every layer's metadata object; None makes the pass causal.
-
-    Args:
-        attn_metadata: vLLM's metadata objects by layer name, shared between layers.
-        tree: the pass's trees.
-    """
-    for metadata in attn_metadata.values():
-        setattr(metadata, ATTRIBUTE, tree)
+    return TreeRows(tree_start, ancestors, is_draft=True, older=older)
