@@ -11,7 +11,7 @@ import pytest
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.roofline import launches, scratch
-from vllm_msd.roofline.shapes import DEVICES, SHAPES, free_rows
+from vllm_msd.roofline.shapes import DEVICES, SHAPES, device_named, free_rows
 from vllm_msd.roofline.step import ARMS, attention, draft_pass, predict, verification
 from vllm_msd.tree.config import TreeConfig
 
@@ -257,3 +257,18 @@ def test_script_says_what_is_wrong(script, monkeypatch, capsys, tmp_path):
         assert stopped.value.code == 2
     assert run(script, monkeypatch, "--launches", tmp_path / "absent.json") == 2
     assert "error: launches: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA H200", H200),
+        ("NVIDIA H100 80GB HBM3", H100),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_devices_are_known_by_the_drivers_name(name, device):
+    assert device_named(name) is device

@@ -3,6 +3,7 @@
 Plain Python without torch: `vllm-msd doctor` may import it.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -26,6 +27,17 @@ DEVICES = {
     "h100": Device("H100", 3.0e12, 700e12),
     "h200": Device("H200", 4.3e12, 700e12),
 }
+
+
+def device_named(name: str) -> Device | None:
+    """The device that ``torch.cuda.get_device_name`` calls this; None for one not in `DEVICES`.
+
+    The cards of the same names with slower memory or fewer units are others.
+    """
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"pcie", "nvl"}:
+        return None
+    return next((device for key, device in DEVICES.items() if key in words), None)
 
 
 @dataclass(frozen=True)
