@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from vllm_msd.demo.compare import acceptance, held_out_samples
-from vllm_msd.demo.engine import Drafting, Engine
 from vllm_msd.demo.paths import demo_pair, wide_pair
+from vllm_msd.demo.samples import held_out_samples
+from vllm_msd.measure.compare import acceptance
+from vllm_msd.measure.engine import Drafting, Engine
 
 __all__ = ["Drafting", "Engine", "acceptance", "demo_pair", "held_out_samples", "options",
            "wide_pair", "write"]  # fmt: skip
