@@ -108,22 +108,14 @@ def faults(name: str, result: dict[str, Any]) -> str:
     rows = []
     for part, report in result.items():
         settings = report["provenance"]["settings"]
-        outcome = {k: v for k, v in report.items() if isinstance(v, int | float)}
-        rows.append(
-            (
-                part.replace("-", " "),
-                settings.get("examples"),
-                settings.get("seed"),
-                ", ".join(
-                    f"{shown(count)} {what.replace('_', ' ')}" for what, count in outcome.items()
-                ),
-            )
-        )
+        found = {k.replace("_", " "): v for k, v in report.items() if isinstance(v, int | float)}
+        outcome = ", ".join(f"{shown(count)} {what}" for what, count in found.items())
+        tried = part.replace("-", " ")
+        rows.append((tried, settings.get("examples"), settings.get("seed"), outcome))
     return "\n\n".join(
         [
             "## Odd inputs",
-            "Thousands of odd settings, requests and files, drawn at random; a run that ended "
-            "otherwise than with the right output or a sentence would have failed:",
+            "Odd settings, requests and files, drawn at random, and what came of them:",
             table(["tried", "examples", "seed", "outcome"], rows),
             source_of_parts(name, result),
         ]
