@@ -74,8 +74,8 @@ def tree_attention_eager(
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // num_kv_heads
     for request in range(seq_lens.shape[0]):
-        begin, end = query_start[request].item(), query_start[request + 1].item()
-        seq_len = seq_lens[request].item()
+        begin, end = int(query_start[request]), int(query_start[request + 1])
+        seq_len = int(seq_lens[request])
         if begin == end:
             continue
 
@@ -84,7 +84,7 @@ def tree_attention_eager(
         keys = k_cache[block, slot % block_size].float()  # [seq_len, num_kv_heads, head_size]
         values = v_cache[block, slot % block_size].float()
 
-        first_node = NO_TREE if tree_start is None else tree_start[request].item()
+        first_node = NO_TREE if tree_start is None else int(tree_start[request])
         masks = None if ancestors is None else ancestors[begin:end]
         visible = visible_keys(end - begin, seq_len, first_node, masks).to(q.device)
         seen = visible.any(dim=0)[:, None, None]

@@ -47,9 +47,7 @@ def test_levels_are_linked_and_carry_the_beams_ancestors():
         seen.append((tokens, visible))
         return crossing * (level + 1), hidden
 
-    grow_tree(
-        torch.tensor([3]), crossing[:, 0], torch.zeros(1, 4), expand, TreeShape(8, depth, k)
-    )
+    grow_tree(torch.tensor([3]), crossing[:, 0], torch.zeros(1, 4), expand, TreeShape(8, depth, k))
     assert [level.older for level in rows] == [None, *rows[:-1]]
     assert all(level.is_draft and level.tree_start is tree_start for level in rows)
     parents = [-1]  # of a tree that hangs all drafted rows below one root

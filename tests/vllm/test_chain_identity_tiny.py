@@ -9,6 +9,7 @@ import pytest
 
 from tests.common import tiny
 from tests.common.chain_identity import CASES
+from tests.common.long import long_but
 from tests.common.pair_reports import pair_reports
 from tests.common.worker import run_worker
 
@@ -23,6 +24,7 @@ RUNS = {
     ("qwen2_5_vl", "v2"): M_ROPE_CASES[1:2],
     ("qwen3_vl", "v2"): M_ROPE_CASES[1:2],
 }
+SHORT = {("llava", "v1")}
 # Greedy choices of these follow no free walk, so a draft need not be right (or wrong) in them.
 CONSTRAINED = {"structured_output", "penalties"}
 
@@ -40,7 +42,8 @@ def reports(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "case"), [(*run, case) for run, cases in RUNS.items() for case in cases]
+    ("kind", "runner", "case"),
+    long_but(SHORT, [(*run, case) for run, cases in RUNS.items() for case in cases]),
 )
 def test_same_tokens(reports, kind, runner, case):
     result = reports(kind, runner)["cases"][case]
@@ -51,6 +54,7 @@ def test_same_tokens(reports, kind, runner, case):
         assert result["rejected"] > 0
 
 
+@pytest.mark.long
 def test_two_tensor_parallel_ranks(reports, tmp_path):
     """Two ranks on this CPU against one without speculation; drafts are accepted as on one."""
     pair = tiny.build_pair(tmp_path / "pair", "llava")
@@ -69,7 +73,7 @@ def test_two_tensor_parallel_ranks(reports, tmp_path):
     assert (two["accepted"], two["rejected"]) == (one["accepted"], one["rejected"])
 
 
-@pytest.mark.parametrize(("kind", "runner"), RUNS)
+@pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
 def test_cases_saw_what_they_are_for(reports, kind, runner):
     """A preemption case without preemption, say, would prove nothing."""
     report = reports(kind, runner)
@@ -91,6 +95,7 @@ def test_cases_saw_what_they_are_for(reports, kind, runner):
     assert total["rejected"] > 5
 
 
+@pytest.mark.long
 def test_both_runners_accept_alike(reports):
     """The runners feed the draft the same rows, so they draft and accept the same tokens."""
     v1, v2 = (reports("llava", runner)["cases"]["mixed_batch"] for runner in ("v1", "v2"))

@@ -6,6 +6,7 @@ are those of two fp32 implementations of a few layers; a wrong row is off by 0.1
 
 import pytest
 
+from tests.common.long import long_but
 from tests.common.pair_reports import pair_reports
 
 TOLERANCE = 2e-3
@@ -19,6 +20,7 @@ RUNS = {
     ("llava", "v2"): [],
     ("qwen2_vl", "v2"): [],
 }
+SHORT = {("qwen2_vl", "v1")}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def reports(tmp_path_factory):
     return pair_reports(tmp_path_factory.mktemp("pairs"), "draft_rows", faults)
 
 
-@pytest.mark.parametrize(("kind", "runner"), RUNS)
+@pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
 def test_rows_and_chains_agree(reports, kind, runner):
     report = reports(kind, runner)
     assert report["missing"] == 0, report
@@ -45,7 +47,8 @@ def test_rows_and_chains_agree(reports, kind, runner):
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "fault"), [(*run, fault) for run, faults in RUNS.items() for fault in faults]
+    ("kind", "runner", "fault"),
+    long_but(SHORT, [(*run, fault) for run, faults in RUNS.items() for fault in faults]),
 )
 def test_faults_are_found(reports, kind, runner, fault):
     """The negative control: the mask ignored, and each mend of Model Runner V1 taken away."""
@@ -69,6 +72,7 @@ def tree_reports(tmp_path_factory):
     return pair_reports(tmp_path_factory.mktemp("tree_pairs"), "draft_rows", faults, decoys=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
 def test_gathered_rows_are_those_of_a_chain(tree_reports, kind, runner):
     """Along accepted paths the draft reads what it reads with chains, and grows the right trees."""
@@ -83,6 +87,7 @@ def test_gathered_rows_are_those_of_a_chain(tree_reports, kind, runner):
     assert max(same.values()) < TOLERANCE, report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
 def test_a_missing_gather_is_found(tree_reports, kind, runner):
     """It changes no output, only what the draft reads."""

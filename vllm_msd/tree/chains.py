@@ -23,6 +23,7 @@ def lay_out_chains(tree: DraftTree, as_chain: Tensor) -> DraftTree:
     """
     parents = tree.parents
     node = torch.arange(tree.num_nodes, device=parents.device)
+    chain = chain_parents(len(parents), tree.num_nodes, parents.device)
     has_earlier_sibling = (
         (parents[:, :, None] == parents[:, None, :]) & (node < node[:, None])
     ).any(-1)
@@ -32,6 +33,6 @@ def lay_out_chains(tree: DraftTree, as_chain: Tensor) -> DraftTree:
     turn = as_chain[:, None]
     return DraftTree.from_parents(
         torch.where(turn, tree.tokens.gather(1, order), tree.tokens),
-        torch.where(turn, chain_parents(*parents.shape, device=parents.device), parents),
+        torch.where(turn, chain, parents),
         check=False,
     )
