@@ -18,12 +18,13 @@ from vllm_msd.errors import StorageError
 
 PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Writers that wrap what the system said in an error of their own.
-_WRAPPED_IN = ("SafetensorError", "RuntimeError")
+_USERS_TO_MEND = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+# What torch.save says instead of what the system said to it.
+_TORCH_WRITER = ("inline_container", "iostream error", "PytorchStreamWriter")
 
 
 @contextmanager
-def telling(path: str | Path, done: str = "written", advice: str = "") -> Iterator[None]:
+def storage_errors(path: str | Path, done: str = "written", advice: str = "") -> Iterator[None]:
     """Turn an error of the file system in the block into a `StorageError` of one sentence.
 
     Args:
@@ -49,10 +50,16 @@ def file_error(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error) or type(error).__name__
     text = str(error)
-    is_writer = type(error).__name__ in _WRAPPED_IN and (
-        "I/O error" in text or "PytorchStreamWriter" in text or "write failed" in text
-    )
-    return " ".join(text.split())[:200].rstrip(".") if is_writer else None
+    if type(error).__name__ == "SafetensorError" and "I/O error" in text:
+        return " ".join(text.split())[:200].rstrip(".")
+    if isinstance(error, RuntimeError) and any(word in text for word in _TORCH_WRITER):
+        return "PyTorch could not write all of it; is the disk full?"
+    return None
+
+
+def is_users_to_mend(error: OSError) -> bool:
+    """Whether an error is a full disk, missing rights or a wrong place, and no fault of ours."""
+    return error.errno in _USERS_TO_MEND
 
 
 @contextmanager
@@ -63,7 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
         StorageError: it cannot be written; the old file is as it was.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with telling(path):
+    with storage_errors(path):
         try:
             yield partial
             _flush(partial)
@@ -87,7 +94,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def commit_folder(partial: Path, final: Path) -> None:
     """Give a folder that is complete its name; one that has the name is deleted."""
-    with telling(final):
+    with storage_errors(final):
         for path in partial.rglob("*"):
             if path.is_file():
                 _flush(path)
@@ -113,7 +120,7 @@ def check_folder(path: str | Path, name: str) -> None:
     name: what the user calls it.
     """
     folder = Path(path).expanduser()
-    with telling(folder):
+    with storage_errors(folder):
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise StorageError(f"{name}: {there} is a file, expected a folder. Give another place.")
@@ -124,7 +131,7 @@ def check_folder(path: str | Path, name: str) -> None:
 def check_file(path: str | Path, name: str) -> None:
     """Raise `StorageError` unless a file can be written there; its folder must exist."""
     file = Path(path).expanduser()
-    with telling(file):
+    with storage_errors(file):
         is_folder, has_folder = file.is_dir(), file.parent.is_dir()
     if is_folder:
         raise StorageError(f"{name}: {file} is a folder, expected a file. Give another place.")

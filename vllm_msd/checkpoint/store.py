@@ -15,7 +15,7 @@ from vllm_msd.checkpoint import files, weights
 from vllm_msd.checkpoint.fit import check_draft_fits_target, text_config
 from vllm_msd.draft import MSDDraftConfig, TargetInfo
 from vllm_msd.errors import CheckpointError
-from vllm_msd.storage import PARTIAL, check_folder, replacing, telling
+from vllm_msd.storage import PARTIAL, check_folder, replacing, storage_errors
 
 Progress = Callable[[str], None]
 
@@ -107,7 +107,7 @@ def save_draft(
         tensors[name] = x.detach().to("cpu", copy=True).contiguous()
     note(f"writing {folder / files.OWN_WEIGHTS}")
     text = json.dumps(config.to_dict(), indent=2) + "\n"
-    with telling(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / files.CONFIG) as new_config:
             new_config.write_text(text, encoding="utf-8")
