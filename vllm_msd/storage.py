@@ -66,19 +66,23 @@ def is_users_to_mend(error: OSError) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a place to write a file to; it takes the file's place when the block is done.
 
+    The place is in a folder of its own: writers leave files of theirs beside it when they are
+    killed (safetensors does).
+
     Raises:
         StorageError: it cannot be written; the old file is as it was.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    beside = path.with_name(path.name + PARTIAL)
     with storage_errors(path):
+        remove(beside)
         try:
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
+            beside.mkdir()
+            yield beside / path.name
+            _flush(beside / path.name)
+            os.replace(beside / path.name, path)
             _flush(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        finally:
+            remove(beside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,20 +102,23 @@ def commit_folder(partial: Path, final: Path) -> None:
         for path in partial.rglob("*"):
             if path.is_file():
                 _flush(path)
-        if final.is_dir() and any(final.iterdir()):
-            remove_folder(final)
+        if final.exists():
+            remove(final)
         os.replace(partial, final)
         _flush(final.parent)
 
 
-def remove_folder(path: Path) -> None:
-    """Delete a folder; while that goes on, it does not have its name any more."""
-    going = path if path.name.endswith(PARTIAL) else path.with_name(path.name + ".old" + PARTIAL)
-    if going != path:
-        if going.exists():
-            shutil.rmtree(going)
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there; while that goes on, it does not have its name."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.endswith(PARTIAL):
+        going = path.with_name(path.name + ".old" + PARTIAL)
+        remove(going)
         os.replace(path, going)
-    shutil.rmtree(going)
+        path = going
+    shutil.rmtree(path)
 
 
 def check_folder(path: str | Path, name: str) -> None:

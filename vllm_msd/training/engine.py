@@ -190,7 +190,7 @@ class Trainer:
         if self.is_main:
             if self.settings.resume:
                 self.folder.check_data(self.data)
-                self.folder.list_again(self.corpus.bad)
+                self.folder.go_on(self.corpus.bad)
             else:
                 about = {
                     "settings": self.settings.as_dict(),

@@ -14,7 +14,7 @@ from vllm_msd.checkpoint import save_draft
 from vllm_msd.draft import MSDDraft, MSDDraftConfig
 from vllm_msd.errors import CheckpointError
 from vllm_msd.provenance import provenance
-from vllm_msd.storage import PARTIAL, commit_folder, remove_folder, storage_errors, write_json
+from vllm_msd.storage import PARTIAL, commit_folder, remove, storage_errors, write_json
 from vllm_msd.training import acceptance, curves
 from vllm_msd.training.data.batches import Corpus
 from vllm_msd.training.data.render import Renderer
@@ -128,8 +128,8 @@ class Results:
                 if self.is_main:
                     torch.save(vars(self.progress), partial / "trainer.pt")
         except BaseException:
-            if self.is_main and partial.exists():  # what it takes up may be what is missing
-                remove_folder(partial)
+            if self.is_main:  # what it takes up may be what is missing
+                remove(partial)
             raise
         if self.is_main:
             commit_folder(partial, final)
@@ -193,7 +193,6 @@ class Results:
             return
         partial = best.with_name(best.name + PARTIAL)
         with storage_errors(best, advice=_GO_ON):
-            if partial.exists():
-                remove_folder(partial)
+            remove(partial)
             shutil.copytree(last, partial)
         commit_folder(partial, best)

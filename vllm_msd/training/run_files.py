@@ -18,7 +18,7 @@ from vllm_msd.errors import ConfigError
 from vllm_msd.storage import (
     PARTIAL,
     check_folder,
-    remove_folder,
+    remove,
     storage_errors,
     write_json,
     write_text,
@@ -27,6 +27,7 @@ from vllm_msd.training.data.index import BadRecord, RecordFile
 from vllm_msd.training.settings import TrainSettings
 
 _STEP = "step-{:08d}"
+_WRITTEN = ("run.json", "log.jsonl", "skipped.jsonl", "curves.png", "best", "last")
 _GO_ON = "Mend that, then go on with --resume."
 _ANOTHER = "Start a new run in another folder."
 
@@ -99,9 +100,19 @@ class RunFolder:
             self.skipped.unlink(missing_ok=True)
         write_json(self.about, about)
         write_text(self.log, "")
-        self.list_again(bad)
+        self._list_again(bad)
 
-    def list_again(self, bad: Iterable[BadRecord]) -> None:
+    def go_on(self, bad: Iterable[BadRecord]) -> None:
+        """Take up a run that was killed or has ended."""
+        left = [self.folder / (name + PARTIAL) for name in _WRITTEN]
+        for name in ("best", "last", "checkpoints"):
+            left += (self.folder / name).glob(f"*{PARTIAL}")
+        with storage_errors(self.folder):
+            for path in left:
+                remove(path)
+        self._list_again(bad)
+
+    def _list_again(self, bad: Iterable[BadRecord]) -> None:
         """Write the list of left-out records anew: what it holds, and these where it has not."""
         rows = dict.fromkeys((*self._listed(), *bad))
         write_text(self.skipped, "".join(map(_line, rows)))
@@ -145,12 +156,10 @@ class RunFolder:
         return final.with_name(final.name + PARTIAL), final
 
     def keep_checkpoints(self, count: int) -> None:
-        """Delete all but the newest, and what broken runs left behind."""
+        """Delete all but the newest."""
         with storage_errors(self.checkpoints):
             for path in self.complete_checkpoints()[count:]:
-                remove_folder(path)
-            for path in self.checkpoints.glob(f"*{PARTIAL}"):
-                remove_folder(path)
+                remove(path)
 
 
 def _line(bad: BadRecord) -> str:
