@@ -196,6 +196,29 @@ def files(folder: Path, examples: int, number: int) -> dict[str, int]:
     return dict(found)
 
 
+def damaged_pictures(examples: int, number: int) -> dict[str, int]:
+    """Outcomes of damaged picture files: vLLM's pixels are training's, or both refuse the file."""
+    found: Counter[str] = Counter()
+    contents = pictures.every_file()
+
+    @given(
+        name=st.sampled_from(sorted(contents)),
+        changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3),
+        length=st.just(1.0) | st.floats(0, 1),
+    )
+    def check(name: str, changes: list[tuple[float, int]], length: float) -> None:
+        content = bytearray(contents[name])
+        for place, byte in changes:
+            content[int(place * (len(content) - 1))] = byte
+        cut = bytes(content[: max(1, int(length * len(content)))])
+        ours = pictures.trained(cut)
+        assert pictures.same(ours, pictures.served(cut)), name
+        found["refused" if ours is None else "read"] += 1
+
+    _run(check, examples, number)
+    return dict(found)
+
+
 # Drafts -----------------------------------------------------------------------------------------
 
 _VALUES = st.one_of(

@@ -6,6 +6,8 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
+from vllm_msd.training.data.images import decode_image
+
 MODES = ("RGB", "RGBA", "RGBX", "LA", "PA", "L", "P", "1", "I", "I;16", "F", "CMYK", "YCbCr",
          "LAB", "HSV", "La", "RGBa")  # fmt: skip
 ORIENTATION = 274  # EXIF's number for it
@@ -79,3 +81,27 @@ def every_file() -> dict[str, bytes]:
         name = f"moving {file_format} of {mode}"
         found[name] = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
     return {name: content for name, content in found.items() if content}
+
+
+def served(content: bytes) -> np.ndarray | None:
+    """vLLM's pixels of a file, as a server gets them; None where it refuses the file."""
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    try:
+        return np.asarray(ImageMediaIO().load_bytes(content).media)
+    except Exception:
+        return None
+
+
+def trained(content: bytes) -> np.ndarray | None:
+    """Training's pixels of a file; None where it refuses the file."""
+    try:
+        image = decode_image(content)
+    except Exception:
+        return None
+    return np.asarray(image)
+
+
+def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Whether both are the same pixels, or both refusals."""
+    return (a is None) == (b is None) and (a is None or np.array_equal(a, b))

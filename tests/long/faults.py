@@ -29,6 +29,7 @@ def main() -> int:
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "fuzz-records": lambda: fuzz.records(folder, args.examples, args.seed),
             "fuzz-data-files": lambda: fuzz.files(folder, args.examples, args.seed),
+            "fuzz-pictures": lambda: fuzz.damaged_pictures(args.examples, args.seed),
             "fuzz-drafts": lambda: fuzz.drafts(args.examples, args.seed),
             "kill-train": lambda: kills.killed("train", args.kills, args.seed),
             "kill-convert": lambda: kills.killed("convert", args.kills, args.seed),
