@@ -85,7 +85,8 @@ def add_parsers(subparsers) -> None:
     run.set_defaults(func=run_demo)
 
     data = commands.add_parser(
-        "data", help="write the demo's small world as training data for `vllm-msd train`"
+        "data",
+        help="write the demo's small world as training data for `vllm-msd train`; from a checkout",
     )
     data.add_argument("--output", type=Path, default=Path("build/world"), help="folder")
     data.add_argument(
@@ -101,7 +102,8 @@ def add_parsers(subparsers) -> None:
     data.set_defaults(func=run_data)
 
     build = commands.add_parser(
-        "build", help="train the pair again from scratch (about two hours on two cores)"
+        "build",
+        help="train the pair again from scratch (about two hours on two cores); from a checkout",
     )
     build.add_argument(
         "--output", type=Path, default=Path("build/pair"), help="folder (default: %(default)s)"
@@ -122,7 +124,7 @@ def add_parsers(subparsers) -> None:
         "--draft-config",
         type=Path,
         metavar="YAML",
-        help="settings of `vllm-msd train` (default: draft.yaml of the package)",
+        help="settings of `vllm-msd train` (default: demo_factory/draft.yaml)",
     )
     build.add_argument(
         "--per-kind", type=_positive, default=50, help="held-out samples of each kind"
@@ -153,7 +155,7 @@ def run_demo(args: argparse.Namespace) -> int:
     check_folder(args.output.parent, "--output")
     if args.json:
         check_folder(args.json.parent, "--json")
-    from vllm_msd.demo.engine import restart_tuned
+    from vllm_msd.measure.engine import restart_tuned
     from vllm_msd.tree.config import TreeConfig
 
     if not args.skip_tree:  # a mistake ends here, before any engine starts
@@ -176,7 +178,10 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_data(args: argparse.Namespace) -> int:
     """Write the world and print where it lies."""
     check_folder(args.output, "--output")
-    from vllm_msd.demo.write_data import write_data
+    from vllm_msd.demo.paths import use_factory
+
+    use_factory()
+    from demo_factory.write_data import write_data
 
     found = write_data(
         args.output, args.records, args.seed, args.split, target=args.target, report=_to_stderr
@@ -188,7 +193,10 @@ def run_data(args: argparse.Namespace) -> int:
 def run_build(args: argparse.Namespace) -> int:
     """Train a pair and print where it lies."""
     check_folder(args.output, "--output")
-    from vllm_msd.demo.build import DRAFT_SETTINGS, build
+    from vllm_msd.demo.paths import use_factory
+
+    use_factory()
+    from demo_factory.build import DRAFT_SETTINGS, build
 
     folder = build(
         args.output,

@@ -76,7 +76,7 @@ class Results:
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a row of figures to the log."""
-        if self.is_main:
+        if self.board is not None:  # the first process's
             self.folder.write_log(row)
             with storage_errors(self.folder.folder, advice=_GO_ON):
                 self.board.write(row)
@@ -183,8 +183,9 @@ class Results:
     def finish(self, objective: torch.nn.Module, figures: dict[str, Any]) -> None:
         """Write the last draft, which is the best one where none was evaluated."""
         self.export("last", objective, figures)
-        if self.is_main:
+        if self.board is not None:
             self.board.close()
+        if self.is_main:
             self._keep_a_best(self.folder.folder / "last", self.folder.folder / "best")
         self.accelerator.wait_for_everyone()
 

@@ -69,12 +69,13 @@ def complete_processor(processor: Any, config: Any) -> None:
     vision encoder alone.
     """
     vision = getattr(config, "vision_config", None)
+    patch_size, image_size = (getattr(vision, n, None) for n in ("patch_size", "image_size"))
     filled = {
-        "patch_size": getattr(vision, "patch_size", None),
+        "patch_size": patch_size,
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
     }
-    if filled["patch_size"] and isinstance(getattr(vision, "image_size", None), int):
-        filled["num_image_tokens"] = (vision.image_size // vision.patch_size) ** 2
+    if isinstance(patch_size, int) and isinstance(image_size, int):
+        filled["num_image_tokens"] = (image_size // patch_size) ** 2
     for name, value in filled.items():
         if hasattr(processor, name) and getattr(processor, name) is None:
             setattr(processor, name, value)
@@ -159,12 +160,13 @@ class Target:
             )
         with _loading(path):
             processor = AutoProcessor.from_pretrained(path)
-            model, about = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=attention,
                 output_loading_info=True,
             )
+        model, about = loaded
         if missing := sorted(about["missing_keys"]):
             raise CheckpointError(
                 f"target {path}: weights are missing: {', '.join(missing[:5])}"
@@ -221,6 +223,8 @@ class Target:
                 **self._typed(batch.extras),
             )
         embeds, self._embeds = self._embeds, None
+        if embeds is None:
+            raise RuntimeError("the target's language model ran without inputs_embeds")
         return Features(
             batch.input_ids,
             batch.lengths,

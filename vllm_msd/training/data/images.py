@@ -49,7 +49,7 @@ def load_image(source: str, roots: list[Path]) -> Image.Image:
 
 def decode_image(content: bytes) -> Image.Image:
     """The pixels of a picture's file, in RGB; raises whatever Pillow does for a damaged one."""
-    image = Image.open(BytesIO(content), formats=FORMATS)
+    image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
     limit = int(os.environ.get(MAX_PIXELS_VARIABLE, MAX_PIXELS))
     if 0 < limit < image.width * image.height:
         raise ValueError(
