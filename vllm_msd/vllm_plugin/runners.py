@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
+from vllm_msd.vllm_plugin.patches.patching import PatchError
 
 
 def is_msd(vllm_config: Any) -> bool:
@@ -26,8 +27,11 @@ def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def init_device(self: Any) -> None:
-        if not is_msd(self.vllm_config) or self.vllm_config.use_v2_model_runner:
+        if not is_msd(self.vllm_config):
             original(self)
+        elif self.vllm_config.use_v2_model_runner:
+            original(self)
+            _require_our_speculator(self.worker.model_runner)
         elif wants_trees(self.vllm_config):
             with _tree_runner():
                 original(self)
@@ -36,6 +40,22 @@ def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:
             _set_drafter(self.worker.model_runner, self.vllm_config)
 
     return init_device
+
+
+def _require_our_speculator(runner: Any) -> None:
+    """Raise PatchError where Model Runner V2 was imported before it could be patched.
+
+    It binds ``init_speculator`` as it is imported; drafts would then go on without us.
+    """
+    from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
+
+    if not isinstance(runner.speculator, ChainSpeculator):
+        raise PatchError(
+            f"MSD was asked for, but vLLM built a {type(runner.speculator).__name__}: its model "
+            "runner had been imported before plugins were loaded. Import nothing from "
+            "vllm.v1.worker before the engine is made, or call "
+            "vllm.plugins.load_general_plugins() first."
+        )
 
 
 def _set_drafter(runner: Any, vllm_config: Any) -> None:

@@ -62,11 +62,12 @@ def graph_answers(
     ]
     with forced_async_scheduling() if async_scheduling else nullcontext():
         engine = open_engine(target, draft, spec_tokens, tree=tree, **OPTIONS)
+    model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     if bug is not None:
-        worker = engine.llm_engine.model_executor.driver_worker.worker
-        getattr(sabotage, bug)(worker.model_runner)
+        getattr(sabotage, bug)(model_runner)
     outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
     return {
+        "speculator": type(model_runner.speculator).__name__,
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
         "replays": replays(engine),

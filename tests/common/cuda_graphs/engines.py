@@ -35,6 +35,9 @@ def gpu_wiring(
         profile: capture the graphs once before, over a small cache that is thrown away with them,
             as a GPU's worker does to measure their memory.
     """
+    from vllm_msd.vllm_plugin import plugin
+
+    plugin.register()  # before anything here imports vLLM's workers, which bind what it replaces
     with ExitStack() as stack:
         stack.enter_context(_triton_attention())
         if not interpreted_attention:
