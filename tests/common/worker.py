@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def run_worker(
         return json.loads(report.read_text())
 
 
+def engines_on(wiring: dict[str, Any] | None, runner: str) -> AbstractContextManager:
+    """Where a job's engines run; interpreted kernels have stand-ins unless ``wiring`` asks."""
+    if wiring is not None:
+        from tests.common.cuda_graphs.engines import gpu_wiring
+
+        return gpu_wiring(**wiring)
+    if runner == "v2":
+        from tests.common.cuda_graphs.fast_kernels import fast_growing
+
+        return fast_growing()
+    return nullcontext()
+
+
 def main() -> None:
     """The worker: one job, given as JSON, its report written to a file."""
     parser = argparse.ArgumentParser(prog="python -m tests.common.worker")
@@ -102,13 +116,8 @@ def main() -> None:
     order = json.loads(options.order)
     module, _, function = JOBS[order["job"]].partition(":")
     job = getattr(importlib.import_module(module), function)
-    if order["wiring"] is None:
+    with engines_on(order["wiring"], order["arguments"]["runner"]):
         report = job(**order["arguments"])
-    else:
-        from tests.common.cuda_graphs.engines import gpu_wiring
-
-        with gpu_wiring(**order["wiring"]):
-            report = job(**order["arguments"])
     options.report.write_text(json.dumps(report))
 
 

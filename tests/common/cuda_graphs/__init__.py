@@ -2,7 +2,7 @@
 
 ``graph`` records what a capture launches and launches it again on replay; ``device`` puts it in the
 place of torch's graphs; ``engines`` moves the switches of vLLM that keep graphs from a CPU;
-``fast_attention`` stands for attention kernels that take seconds a step when interpreted.
+``fast_kernels`` stand for kernels that take seconds a step when interpreted.
 
 Kept of real graphs: Python is not run again, so host values are those of the capture; tensors are
 addresses, and one that has been freed since is an error that names the line of its first use;

@@ -17,21 +17,21 @@ import torch
 
 from tests.common import fp32_engine
 from tests.common.cuda_graphs.device import emulated_graphs
-from tests.common.cuda_graphs.fast_attention import fast_attention
+from tests.common.cuda_graphs.fast_kernels import fast_kernels
 
 TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 
 @contextmanager
 def gpu_wiring(
-    graphs: str | None = None, interpreted_attention: bool = False, profile: bool = False
+    graphs: str | None = None, interpreted: bool = False, profile: bool = False
 ) -> Iterator[None]:
     """Engines that `fp32_engine.open_engine` opens inside run as on a GPU.
 
     Args:
         graphs: their ``cudagraph_mode``; None runs them eagerly.
-        interpreted_attention: attend with the Triton kernels themselves, seconds a step, instead of
-            their stand-in in PyTorch.
+        interpreted: attend, and grow trees, with the Triton kernels themselves, seconds a step,
+            instead of their stand-ins in PyTorch.
         profile: capture the graphs once before, over a small cache that is thrown away with them,
             as a GPU's worker does to measure their memory.
     """
@@ -40,8 +40,8 @@ def gpu_wiring(
     plugin.register()  # before anything here imports vLLM's workers, which bind what it replaces
     with ExitStack() as stack:
         stack.enter_context(_triton_attention())
-        if not interpreted_attention:
-            stack.enter_context(fast_attention())
+        if not interpreted:
+            stack.enter_context(fast_kernels())
         if graphs is not None:
             stack.enter_context(_graphs(profile))
             stack.enter_context(mock.patch.object(fp32_engine, "CUDAGRAPH_MODE", graphs))

@@ -1,13 +1,15 @@
-"""Attention kernels in plain PyTorch that stand for the Triton ones, which take seconds a step.
+"""Stand-ins in plain PyTorch for Triton kernels, which take seconds a step when interpreted.
 
-Each counts as one launch. As a kernel would, it reads lengths from its tensors when it runs; and it
-complains if the host's bounds, frozen by a graph, do not hold for them.
+Each counts as one launch. As a kernel would, the attention reads lengths from its tensors when it
+runs; and it complains if the host's bounds, frozen by a graph, do not hold for them. The kernels
+that grow trees have their eager twins, which unit tests compare with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -79,14 +81,38 @@ def _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *rest: 
     run_write_cache(key, value, key_cache, value_cache, slot_mapping)
 
 
+GROWING = {
+    "top_k": ("top_k_eager", "top_k_parts_eager", "merge_top_k_eager"),
+    "beam_step": ("beam_step_eager",),
+    "rerank": ("rerank_eager",),
+    "place_trees": ("place_trees_eager",),
+}
+
+
 @contextmanager
-def fast_attention() -> Iterator[None]:
-    """Puts these in the place of vLLM's Triton attention and, if it is there, the plugin's."""
+def fast_growing() -> Iterator[None]:
+    """Trees grow by the kernels' eager twins, also where ``TRITON_INTERPRET`` is set."""
+    with ExitStack() as stack:
+        for folder, twins in GROWING.items():
+            api = import_module(f"vllm_msd.kernels.{folder}.api")
+            stack.enter_context(mock.patch.object(api, "runs_kernels", lambda _: False))
+            for name in twins:
+                twin = getattr(api, name)
+                # What returns its result is a part of a call that copies it.
+                if twin.__annotations__.get("return") in (None, "None"):
+                    stack.enter_context(mock.patch.object(api, name, as_kernel(name, twin)))
+        yield
+
+
+@contextmanager
+def fast_kernels() -> Iterator[None]:
+    """Puts these in the place of vLLM's Triton attention and of the plugin's kernels."""
     from vllm.v1.attention.backends import triton_attn
 
     from vllm_msd.kernels.tree_attention import api
 
     with (
+        fast_growing(),
         mock.patch.object(triton_attn, "unified_attention", _unified),
         mock.patch.object(triton_attn, "triton_reshape_and_cache_flash", _reshape_and_cache),
         mock.patch.object(api, "launch_tree_attention", _tree),
