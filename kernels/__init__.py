@@ -13,9 +13,10 @@ from .rerank.api import rerank
 from .settle.api import LayerCaches, settle
 from .top_k.api import TopK, allocate_parts, merge_top_k, top_k, top_k_parts
 from .tree_attention.api import TreeAttentionWorkspace, tree_attention
-from .tree_attention.eager import ancestor_bits
+from .tree_attention.eager import MAX_NODES, ancestor_bits
 
 __all__ = [
+    "MAX_NODES",
     "AcceptedPaths",
     "Beams",
     "Candidates",

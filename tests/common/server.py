@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.demo.world import Sample
+from demo_factory.world import Sample
+from tests.common.worker import HANGS, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
-START_SECONDS = 240
 MAX_MODEL_LEN = 1024
 
 
@@ -44,7 +43,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The server's Prometheus values, summed over labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
             lines = reply.read().decode().splitlines()
         values: dict[str, float] = {}
         for line in lines:
@@ -86,7 +85,7 @@ def start_server(folder: Path, environment: Mapping[str, str], cores: set[int]) 
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + HANGS
     while not server.is_up():
         if process.poll() is not None or time.monotonic() > deadline:
             server.stop()

@@ -32,8 +32,7 @@ from vllm_msd.kernels import (
 )
 from vllm_msd.kernels.beam_step.eager import beam_step_eager
 from vllm_msd.kernels.rerank.eager import rerank_eager
-from vllm_msd.tree import TreeShape
-from vllm_msd.tree.fused import GrowthBuffers, Vocabulary, grow_tree_fused
+from vllm_msd.tree import DraftLevels, GrowthBuffers, TreeShape, Vocabulary, grow_tree_fused
 
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in a process of its own with TRITON_INTERPRET=1"
@@ -82,6 +81,27 @@ def test_beam_step_equals_its_twin(k, depth):
             assert (slots_written[1] == -1).all() and (slots_written[0] != -7).all()
         else:
             assert all(map(torch.equal, written[3:], before[3:])), "the last step feeds nobody"
+
+
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_rows_stand_where_the_levels_say(level):
+    """Positions, lengths and slots by the same arithmetic as the engine's."""
+    k, depth, requests = 3, 4, [2, 0, 1]
+    step = random_step(k, depth, level, requests, seed=level)
+    step["place"].first.copy_(torch.tensor([50, 10, 3]))
+    beam_step(**step)
+    place, inputs, rows = step["place"], step["inputs"], len(requests) * k
+    levels = DraftLevels(place.first, depth, k, place.max_model_len)
+    assert torch.equal(inputs.positions[:rows], levels.rotary_positions(level))
+    assert inputs.seq_lens[: len(requests)].tolist() == levels.seq_lens(level).tolist()
+    position, past = levels.kv_positions(level)
+    row_slots = place.slots.repeat_interleave(k)
+    block = place.block_table[row_slots, position // place.block_size].long()
+    expected = block * place.block_size + position % place.block_size
+    assert torch.equal(inputs.kv_slots[:rows], torch.where(past, -1, expected))
+    assert past.any() == (level == 3), "the limit lies in the last level"
+    if level == 0:
+        assert torch.equal(step["beams"].tree_start[: len(requests)], levels.tree_start())
 
 
 def test_beam_step_at_the_models_limit():
