@@ -208,6 +208,8 @@ class MSDDraftConfig:
             max_position_embeddings=d["max_position_embeddings"],
             attention_bias=implied["attention_bias"],
             input_norm=implied["input_norm"],
+            # Of the fusion layer; the published training reads it by this name.
+            fc_bias=True if d.get("bias") is None else d["bias"],
             hidden_act=d.get("hidden_act", "silu"),
             torch_dtype=d.get("torch_dtype") or d.get("dtype") or "float32",
         )

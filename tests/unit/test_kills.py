@@ -1,0 +1,15 @@
+"""Killed and started again: the result is that of an unbroken run (longer in tests/long)."""
+
+import random
+
+import pytest
+
+from tests.common.kills import killed
+
+
+@pytest.mark.parametrize(("what", "kills"), [("train", 2), ("convert", 3)])
+def test_a_kill_changes_no_result(what, kills):
+    number = random.SystemRandom().randrange(1 << 30)
+    print("seed", number)
+    found = killed(what, kills, number, timeout=500)
+    assert found["different"] == 0 and sum(found["met"].values()) == kills
