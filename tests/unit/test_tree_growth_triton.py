@@ -342,9 +342,7 @@ def test_the_launches_read_no_tensor_and_are_few(monkeypatch):
     out = torch.zeros_like(inputs.hidden)
     root = (logits[:num_requests], out[:num_requests])
     with NoOperation(views=True):
-        grow_tree_fused(
-            *root, lambda *_: (logits, out), buffers, inputs, place, relations, drafts
-        )
+        grow_tree_fused(*root, lambda *_: (logits, out), buffers, inputs, place, relations, drafts)
     assert len(launches) == 3 * (shape.depth + 1) + 1
     assert launches[3:6] == [
         ("top_k_parts_kernel", (rows, 38)),
