@@ -96,7 +96,7 @@ def test_published_drafts_are_those_of_the_plugin(page):
 
 
 def test_functions_named_as_their_modules_are_in_the_interface():
-    """The site's generator shows what a package exports, but for names that its modules have too."""
+    """The site's generator shows what a package exports, but for names of its modules."""
     page = read("docs/api.md")
     missing = []
     for package in re.findall(r"^::: (vllm_msd\.\w+|kernels)$", page, re.M):
