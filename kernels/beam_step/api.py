@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..checks import INTEGERS, describe, expect_room, runs_kernels
+from ..tree_attention.eager import MAX_NODES
 from ..tree_attention.launch import power_of_two
 from .eager import beam_step_eager
 
 TILE = 4096  # hidden values that a program moves at once
-MAX_ROWS = 64  # one bit per drafted row in an int64
 
 
 class Candidates(NamedTuple):
@@ -133,8 +133,8 @@ def beam_step(
     depth, capacity, k = beams.numbers.shape
     if not 0 <= level <= depth:
         raise ValueError(f"level is {level}: expected 0 to {depth}, the levels of the beams")
-    if depth * k > MAX_ROWS:
-        raise ValueError(f"{depth} levels of {k} rows: expected at most {MAX_ROWS} rows in all")
+    if depth * k > MAX_NODES:
+        raise ValueError(f"{depth} levels of {k} rows: expected at most {MAX_NODES} rows in all")
     parents = k if level else 1
     num_requests = -(-len(log_probs) // parents)
     is_last = level == depth
