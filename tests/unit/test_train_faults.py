@@ -1,6 +1,7 @@
 """What a user can get wrong around a run: targets, places to write to, files that are damaged."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -185,6 +186,14 @@ def test_places_are_checked_before_the_target_is_loaded(place, tmp_path, capsys,
     (tmp_path / "run.yaml").write_text(given)
     error = told(capsys, "train", "--config", str(tmp_path / "run.yaml"))
     assert "file is a file, expected a folder" in error
+    for changes, message in (
+        ({"cache_features": str(tmp_path / "file")}, "cache_features: .*expected a folder"),
+        ({"init": str(tmp_path / "nowhere")}, "there is no such folder"),
+        ({"image_root": [str(tmp_path / "nowhere")]}, "image_root: .*not a folder"),
+    ):
+        given = json.dumps(settings(place, tmp_path / "new", **changes))
+        (tmp_path / "run.yaml").write_text(given)
+        assert re.search(message, told(capsys, "train", "--config", str(tmp_path / "run.yaml")))
     assert "not UTF-8" in told(capsys, "train", "--config", str(tmp_path / "latin.yaml"))
     (tmp_path / "dates.yaml").write_text("target: 2024-99-99\n")
     assert "not valid YAML" in told(capsys, "train", "--config", str(tmp_path / "dates.yaml"))
