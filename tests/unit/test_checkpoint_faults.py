@@ -1,6 +1,9 @@
 """Drafts as users have them: saved buffers, no fusion bias, stray files, conversions cut short."""
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +86,28 @@ def test_a_conversion_cut_short_is_no_draft_and_starts_again(tmp_path):
         load_draft(tmp_path / "b")
     convert_draft(tmp_path / "a", tmp_path / "b")
     assert {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()} == expected
+
+
+def test_a_kill_between_weights_and_config_leaves_no_draft(tmp_path, monkeypatch):
+    """Over another draft of the same shapes, where new weights would fit the old config."""
+    old = replace(small_draft("llava", 1).config, rope_theta=5.0)
+    save_draft(tmp_path / "b", old, small_draft("llava", 1).state_dict())
+    write_published(tmp_path / "a", "llava")
+    moved = os.replace
+
+    def stopped(source, target):
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        moved(source, target)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert_draft(tmp_path / "a", tmp_path / "b", force=True)
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_draft(tmp_path / "b")
+    convert_draft(tmp_path / "a", tmp_path / "b")
+    assert load_draft(tmp_path / "b")[0].rope_theta == 10000.0
 
 
 def test_a_damaged_provenance_is_told(tmp_path):
