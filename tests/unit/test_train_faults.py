@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vllm_msd.cli.main import main
 from vllm_msd.errors import CheckpointError, ConfigError, StorageError
 from vllm_msd.training import TrainSettings
 from vllm_msd.training.engine import Trainer
+from vllm_msd.training.initial import draft_config
 from vllm_msd.training.results import Results
 from vllm_msd.training.targets import Target, complete_processor
 
@@ -133,6 +135,13 @@ def test_targets_that_are_not_what_they_say(name, place, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         Target.load(tmp_path / "target", "float32")
     assert str(tmp_path / "target") in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_a_language_model_of_another_build(place):
+    target = Target.load(place / "pair" / "target", "float32")
+    target.text = SimpleNamespace(model_type="phi", hidden_size=8)
+    with pytest.raises(CheckpointError, match=r"language model \(phi\) has no intermediate_size"):
+        draft_config(target)
 
 
 def test_train_and_eval_say_so_with_exit_code_2(place, tmp_path, capsys):
