@@ -17,7 +17,7 @@ from tests.common.drafts import write_published
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.cli.main import main
 from vllm_msd.errors import CheckpointError, ConfigError, StorageError
-from vllm_msd.training import TrainSettings
+from vllm_msd.training import TrainSettings, curves
 from vllm_msd.training.engine import Trainer
 from vllm_msd.training.initial import draft_config
 from vllm_msd.training.results import Results
@@ -41,6 +41,12 @@ def settings(place: Path, output: Path, **changes) -> dict:
         "precision": "no", "device": "cpu", "eval_records": 0, "save_every": 1, "log_every": 1,
         **changes,
     }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Curves are drawn elsewhere; here they would take most of the time."""
+    monkeypatch.setattr(curves, "draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
