@@ -95,6 +95,19 @@ def test_published_drafts_are_those_of_the_plugin(page):
         assert f"| `{target}` | `{draft}` |" in text
 
 
+def test_every_extra_and_command_is_on_the_first_page():
+    from vllm_msd.cli.main import build_parser
+
+    page = read("docs/index.md")
+    extras = read("pyproject.toml").partition("[project.optional-dependencies]")[2]
+    names = re.findall(r"^(\w+) = \[", extras.partition("\n[")[0], re.M)
+    assert names
+    assert not [name for name in names if not re.search(rf"^\| .*`{name}`.* \|", page, re.M)]
+    commands = [c for action in build_parser()._actions for c in action.choices or ()]
+    assert commands
+    assert not [name for name in commands if f"`vllm-msd {name}" not in page]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/serve.md"])
 @pytest.mark.parametrize("name", ["H100", "H200"])
 def test_free_rows_are_those_of_the_roofline(page, name):

@@ -149,6 +149,15 @@ def test_section_of_long_runs():
     assert "`results/soak.png`" in text
 
 
+def test_section_of_odd_inputs():
+    origin = {"date": "2026-01-01", "machine": {"cores": 2}, "versions": {"vllm": "0.32.0"}}
+    settings = {"seed": 20, "examples": 2000}
+    report = {"provenance": {**origin, "settings": settings}, "served": 9, "left_out": 1991}
+    text = identity.faults("faults.json", {"config-fuzz": report})
+    assert "| config fuzz | 2000 | 20 | 9 served, 1991 left out |" in text
+    assert "`faults.json`, 2026-01-01; 2 cores;" in text
+
+
 def test_a_page_without_markers_is_refused():
     with pytest.raises(SystemExit, match="markers"):
         pages.updated("nothing here", pages.section("README.md"))

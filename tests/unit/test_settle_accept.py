@@ -200,6 +200,15 @@ def test_a_root_that_is_its_own_parent_does_not_hang():
     assert result.nodes.tolist() == [[0, 1, 2]]
 
 
+def test_of_equal_siblings_the_first_is_taken_and_parents_come_first():
+    parents, starts = torch.tensor([[-1, 0, 0, 1, 2], [-1, 2, 0, 0, 0]]), torch.tensor([0, 5, 8])
+    tokens = torch.tensor([0, 4, 4, 5, 6, 0, 8, 7])
+    drawn = torch.tensor([4, 5, 6, 9, 9, 7, 9, 8])
+    result = accept(drawn, tokens, parents, starts)
+    assert result.nodes.tolist() == [[0, 1, 3, -1, -1], [0, 2, -1, -1, -1]]
+    assert result.tokens.tolist() == [[4, 5, 9, -1, -1], [7, 8, -1, -1, -1]]
+
+
 def test_accept_refuses_what_does_not_fit():
     rows, parents = torch.zeros(5, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
     starts = torch.tensor([0, 3, 5])

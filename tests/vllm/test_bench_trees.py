@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.bench_trees import ROWS
 from benchmarks.pages import decoding
-from tests.common.server import REPOSITORY
+from tests.common.worker import HANGS, REPOSITORY
 
 TREE = "tree of 4 nodes, depth 3, top-k 2"
 
@@ -26,7 +26,7 @@ def report(fresh_process, tmp_path_factory):
         [sys.executable, "benchmarks/bench_trees.py", *parts, *small, *short, "--output", output],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=HANGS,
         cwd=REPOSITORY,
         check=False,
         env=fresh_process["env"] | {"MSD_CACHE_DIR": str(folder)},
