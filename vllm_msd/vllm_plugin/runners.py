@@ -2,8 +2,8 @@
 
 Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
 simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
-drives chains as it is (but for LoRA, see `gpu.lora`), and gets our speculator for trees. Engines in the same process that
-speculate otherwise are not touched.
+drives chains as it is (but for LoRA, see `gpu.lora`), and gets our speculator for trees. Engines in
+the same process that speculate otherwise are not touched.
 """
 
 import functools
