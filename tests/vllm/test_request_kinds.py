@@ -40,7 +40,7 @@ def reports(tmp_path_factory):
         if "lora_adapters" in cases:
             # Of these targets, vLLM adapts the embedding table and the head of LLaVA's only.
             order["adapters"] = [
-                write_adapter(folder / f"{kind}-{seed}", kind, seed, head=kind == "llava")
+                write_adapter(folder / f"{kind}-{seed}", pair.target, seed, head=kind == "llava")
                 for seed in (1, 2)
             ]
         targets.append(order)
