@@ -20,6 +20,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_msd.tree import Acceptance, accept
+from vllm_msd.vllm_plugin.cpu.seeds import DrawsByDepth
 from vllm_msd.vllm_plugin.cpu.step import StepTrees
 
 
@@ -52,19 +53,22 @@ class TreeRejectionSampler(RejectionSampler):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         if draft_probs is not None or self.synthetic_mode:
             raise ValueError("draft trees are accepted exactly and without draft probabilities")
-        shown = logits
+        shown, draws = logits, None
         if sampling_metadata.all_greedy and _leaves_logits_alone(sampling_metadata):
             drawn = self.sampler.greedy_sample(logits.to(torch.float32))
         else:
             logits = logits.to(torch.float32, copy=True)
             if not _leaves_logits_alone(sampling_metadata):
                 self._process(logits, metadata, sampling_metadata)
-            per_node = _per_node(step, sampling_metadata)
+            draws = self._draws(step, sampling_metadata, logits)
+            per_node = _per_node(step, sampling_metadata, draws.of_rows)
             drawn, processed = self.sampler.sample(logits, per_node)
             shown = shown if processed is None else processed
 
         accepted = accept(step.tree, step.by_request(drawn.long()), step.num_nodes)
         self.acceptance = accepted
+        if draws is not None:
+            draws.settle((accepted.tokens >= 0).sum(1).tolist())
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             logprobs = self._path_logprobs(
@@ -72,6 +76,18 @@ class TreeRejectionSampler(RejectionSampler):
             )
         return SamplerOutput(
             sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=logprobs
+        )
+
+    def _draws(
+        self, step: StepTrees, sampling_metadata: SamplingMetadata, logits: Tensor
+    ) -> DrawsByDepth:
+        """The generators of the seeded requests' nodes."""
+        row = torch.zeros_like(logits[:1])
+        return DrawsByDepth(
+            sampling_metadata.generators,
+            [*step.first_logits.tolist(), len(logits)],
+            step.in_node_order(step.tree.depths).tolist(),
+            lambda generator: self.sampler.topk_topp_sampler(row, {0: generator}, None, None),
         )
 
     def _process(
@@ -132,13 +148,14 @@ def _add_bias(logits: Tensor, processor: LogitBiasLogitsProcessor, num_rows: lis
         first_row += count
 
 
-def _per_node(step: StepTrees, sampling_metadata: SamplingMetadata) -> SamplingMetadata:
+def _per_node(
+    step: StepTrees, sampling_metadata: SamplingMetadata, generators: dict[int, torch.Generator]
+) -> SamplingMetadata:
     """What the draws depend on, with a row for each node in the place of one for each request."""
 
     def spread(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.repeat_interleave(step.num_nodes, 0)
 
-    first, count = step.first_logits.tolist(), step.num_nodes.tolist()
     min_p = LogitsProcessors()
     for processor in sampling_metadata.logitsprocs.argmax_invariant:
         if not isinstance(processor, MinPLogitsProcessor):
@@ -152,10 +169,6 @@ def _per_node(step: StepTrees, sampling_metadata: SamplingMetadata) -> SamplingM
         temperature=spread(sampling_metadata.temperature),
         top_k=spread(sampling_metadata.top_k),
         top_p=spread(sampling_metadata.top_p),
-        generators={
-            first[request] + node: generator
-            for request, generator in sampling_metadata.generators.items()
-            for node in range(count[request])
-        },
+        generators=generators,
         logitsprocs=min_p,
     )
