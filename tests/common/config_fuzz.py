@@ -34,7 +34,7 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_text, inner, max_size=3),
     max_leaves=5,
 )
-# What could be meant, for each setting; drawn half of the time, so that others get their turn.
+# What could be meant, for each setting; drawn mostly, so that more than one thing is checked.
 _MEANT: dict[str, st.SearchStrategy] = {
     "num_speculative_tokens": st.integers(1, 24),
     "tree_depth": st.integers(1, 6),
@@ -53,7 +53,7 @@ _MEANT: dict[str, st.SearchStrategy] = {
     "kv_cache_dtype": st.sampled_from(["auto", "fp8"]),
 }
 _settings = st.sampled_from(sorted({*KEYS, *TREE_KEYS} - {"method", "model"})).flatmap(
-    lambda key: st.tuples(st.just(key), junk | _MEANT.get(key, junk))
+    lambda key: st.tuples(st.just(key), st.one_of(junk, *[_MEANT.get(key, junk)] * 2))
 )
 _unknown = st.tuples(st.text(string.ascii_lowercase + "_-", max_size=24), junk)
 

@@ -112,9 +112,11 @@ _ODD: dict[str, st.SearchStrategy] = {
 # Junk may be a large whole number; what answers with so many samples or tokens is not for it.
 _NO_JUNK = {"n", "max_tokens", "best_of", "min_tokens"}
 _field = st.sampled_from(sorted(_ODD)).flatmap(
-    lambda key: st.tuples(st.just(key), _ODD[key] if key in _NO_JUNK else _ODD[key] | junk)
+    lambda key: st.tuples(
+        st.just(key), _ODD[key] if key in _NO_JUNK else _ODD[key] | _ODD[key] | junk
+    )
 )
-_fields = st.lists(_field, max_size=3).map(dict)
+_fields = st.lists(_field, max_size=2).map(dict)
 
 
 @functools.cache
@@ -178,12 +180,12 @@ _prompt = (
 _good_chat = [{"role": "user", "content": "what is this?"}]
 _chat = st.builds(
     lambda messages, rest: ("chat/completions", {"messages": messages, "max_tokens": 4} | rest),
-    st.just(_good_chat) | st.lists(_message, max_size=3) | junk,
+    st.just(_good_chat) | st.just(_good_chat) | st.lists(_message, max_size=3) | junk,
     _fields,
 )
 _completion = st.builds(
     lambda prompt, rest: ("completions", {"prompt": prompt, "max_tokens": 4} | rest),
-    st.just("hello there") | _prompt,
+    st.just("hello there") | st.just("hello there") | _prompt,
     _fields,
 )
 # Path and body of a request; some are streamed, a few are no JSON at all.
