@@ -1,5 +1,7 @@
 """Values of the speculative config that cannot be meant: a sentence each, never a traceback."""
 
+from pathlib import Path
+
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -70,3 +72,8 @@ def test_none_on_the_command_line_is_no_speculation(pair):
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     args = parser.parse_args(["--model", pair.target, "--speculative-config", "None"])
     assert args.speculative_config is None
+
+
+def test_a_path_is_a_folder(pair):
+    config = configure(pair, {"method": "msd", "model": Path(pair.draft)})
+    assert config.model == pair.draft

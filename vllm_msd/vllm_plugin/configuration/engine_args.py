@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -68,6 +69,8 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
                 f"{flag} {value} contradicts speculative_config[{key!r}]={merged[key]!r}"
             )
         merged[key] = value
+    if isinstance(merged.get("model"), PathLike):
+        merged["model"] = fspath(merged["model"])
     method, model = merged.get("method"), merged.get("model")
     if method is None and isinstance(model, str) and resolve.is_msd_draft(model):
         method = merged["method"] = METHOD
