@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_msd.demo.engine import Drafting, restart_tuned, timed_dtype
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, restart_tuned, timed_dtype
 
 
 def main() -> int:
@@ -39,14 +39,13 @@ def main() -> int:
     restart_tuned()
 
     from vllm_msd.demo import paths
-    from vllm_msd.demo.compare import compare, figures, held_out_samples
+    from vllm_msd.measure.compare import compare, figures
     from vllm_msd.provenance import provenance
 
     dtype = timed_dtype()
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings["wide_dtype"] = dtype
     result = provenance(**settings)
-    samples = held_out_samples(args.num_prompts, args.seed)
     draftings = {"chain": Drafting(args.num_speculative_tokens)}
     common = {
         "max_tokens": args.max_tokens,
@@ -54,6 +53,10 @@ def main() -> int:
         "on_answer": lambda comparison: print(".", end="", flush=True),
     }
     try:
+        paths.use_factory()
+        from demo_factory.held_out import held_out_samples
+
+        samples = held_out_samples(args.num_prompts, args.seed)
         small = compare(paths.demo_pair(), samples, draftings, dtype="float32", **common)
         result["small"] = figures(small, "chain")
         result["wide"] = None

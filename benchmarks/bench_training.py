@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from vllm_msd.demo import paths
-from vllm_msd.demo.write_data import write_data
 from vllm_msd.provenance import provenance
 from vllm_msd.training import TrainSettings
 from vllm_msd.training.engine import Trainer
 from vllm_msd.training.targets import Target
 from vllm_msd.training.window import PHASES
+
+paths.use_factory()
+from demo_factory.write_data import write_data  # noqa: E402
 
 # Most that a step may spend on the draft's side, with the paper's single drafting step.
 LIMIT = 0.25

@@ -25,8 +25,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.demo.engine import Drafting, restart_tuned, timed_dtype
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, restart_tuned, timed_dtype
+from vllm_msd.measure.inputs import Sample
 
 PARTS = ("acceptance", "speed", "products", "profile")
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24)
@@ -92,6 +93,16 @@ def _timed(args: argparse.Namespace) -> dict[str, Drafting]:
     return {str(d): d for d in [*map(Drafting, args.speed_chains), *args.speed_trees]}
 
 
+def _samples(count: int, seed: int) -> list[Sample]:
+    """More held-out samples than come with the package."""
+    from vllm_msd.demo import paths
+
+    paths.use_factory()
+    from demo_factory.held_out import held_out_samples
+
+    return held_out_samples(count, seed)
+
+
 def _dot(_: Any) -> None:
     print(".", end="", flush=True)
 
@@ -99,10 +110,10 @@ def _dot(_: Any) -> None:
 def acceptance(args: argparse.Namespace) -> dict[str, Any]:
     """`compare.figures` of the small pair without the speeds, by drafting."""
     from vllm_msd.demo import paths
-    from vllm_msd.demo.compare import compare, figures, held_out_samples
+    from vllm_msd.measure.compare import compare, figures
 
     draftings = {str(d): d for d in [*map(Drafting, args.chains), *args.trees]}
-    samples = held_out_samples(args.num_prompts, args.seed)
+    samples = _samples(args.num_prompts, args.seed)
     comparisons = compare(
         paths.demo_pair(),
         samples,
@@ -130,13 +141,13 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from vllm_msd.demo import paths
-    from vllm_msd.demo.compare import PLAIN, compare, figures, held_out_samples, rates
+    from vllm_msd.measure.compare import PLAIN, compare, figures, rates
 
     pair = paths.wide_pair(args.size, dtype=args.dtype, report=print)
     draftings = _timed(args)
     comparisons = compare(
         pair,
-        held_out_samples(args.num_wide_prompts, args.seed),
+        _samples(args.num_wide_prompts, args.seed),
         draftings,
         dtype=args.dtype,
         max_tokens=args.max_tokens,
@@ -178,13 +189,14 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
     draft for each of its depths, over a level's rows.
     """
     from vllm_msd.demo import paths
-    from vllm_msd.demo.step_profile import products_by_rows
+    from vllm_msd.measure.step_profile import products_by_rows
 
     pair = paths.wide_pair(args.size, dtype=args.dtype, report=print)
     draftings, counts = _timed(args), {*ROWS}
     for d in draftings.values():
         counts |= {d.num_tokens + 1, d.top_k or 1}
-    by_rows = products_by_rows(pair, sorted(counts), dtype=args.dtype)
+    found = products_by_rows(pair, sorted(counts), dtype=args.dtype)
+    by_rows = {name: one["milliseconds"] for name, one in found.items()}
     target, draft = by_rows["target"], by_rows["draft"]
     needed = {
         name: target[d.num_tokens + 1] + d.deepest * draft[d.top_k or 1]
@@ -195,6 +207,7 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
     for name, milliseconds in needed.items():
         print(f"  {name:<36}{milliseconds:.1f} ms per verification")
     return {
+        "matrices": {name: one["matrices"] for name, one in found.items()},
         "milliseconds_by_rows": by_rows,
         "milliseconds_per_verification": {"no speculation": target[1], **needed},
     }
@@ -203,14 +216,13 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
 def profile(args: argparse.Namespace) -> dict[str, Any]:
     """Shares of a step's time under `step_profile`, of a tree of the speed part."""
     from vllm_msd.demo import paths
-    from vllm_msd.demo.compare import held_out_samples
-    from vllm_msd.demo.step_profile import profile_steps
+    from vllm_msd.measure.step_profile import profile_steps
 
     pair = paths.wide_pair(args.size, dtype=args.dtype, report=print)
     found = profile_steps(
         pair,
         args.speed_trees[0],
-        held_out_samples(args.num_wide_prompts, args.seed),
+        _samples(args.num_wide_prompts, args.seed),
         dtype=args.dtype,
         max_tokens=args.max_tokens,
     )

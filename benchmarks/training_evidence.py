@@ -1,6 +1,7 @@
 """Test the paper's two claims, and training over several steps, on the demo world.
 
-    python benchmarks/training_evidence.py --output benchmarks/results/training.json
+    python benchmarks/training_evidence.py --output benchmarks/results/training.json \\
+        --plot docs/pictures/training.png
     python benchmarks/training_evidence.py --variants msd coupled --seeds 0 --steps 100
 
 Every variant is `vllm-msd train` with one setting changed, on the same records for the same number
@@ -35,8 +36,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_msd.demo.engine import Drafting, Engine, restart_tuned
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, Engine, restart_tuned
 
 BASE = "msd"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,8 +57,7 @@ COMPARISONS = {
     "Drafting steps in training": [BASE, "three-step"],
 }
 NUM_SPECULATIVE_TOKENS = 5
-# Of the world's samplers: held-out prompts are from the test split anyway.
-DATA_SEED, HELD_OUT_SEED = 5, 70_000
+DATA_SEED, HELD_OUT_SEED = 5, 70_000  # of the world's samplers, in splits of their own
 
 
 def main() -> int:
@@ -70,10 +70,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--records", type=int, default=5000, help="of text, and of multimodal data")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
-    parser.add_argument("--config", type=Path, default=Path("vllm_msd/demo/draft.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("demo_factory/draft.yaml"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--work", type=Path, default=Path("build/evidence"))
-    parser.add_argument("--output", type=Path, help="write figures as JSON, and a plot beside it")
+    parser.add_argument("--output", type=Path, help="write figures as JSON")
+    parser.add_argument("--plot", type=Path, help="draw them as a picture")
     args = parser.parse_args()
     restart_tuned()
 
@@ -81,9 +82,10 @@ def main() -> int:
     from vllm_msd.provenance import provenance
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})
+    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "plot", "jobs")})
     pair = paths.demo_pair()
     try:
+        paths.use_factory()
         data = make_data(args.work / "data", args.records, pair.target)
         runs = [(v, s) for s in args.seeds for v in args.variants]
         train_all(runs, args, pair.target, data)
@@ -100,14 +102,15 @@ def main() -> int:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result["summary"], args.output.with_suffix(".png"))
+    if args.plot:
+        draw(result["summary"], args.plot)
     wrong = [run for run in found if run["identical"] not in (None, run["requests"])]
     return 1 if wrong else 0
 
 
 def make_data(folder: Path, records: int, target: Path) -> dict[str, Path]:
     """Conversations of the demo world in which the target itself has answered."""
-    from vllm_msd.demo.write_data import write_data
+    from demo_factory.write_data import write_data
 
     done = folder / "done.json"
     about = {"records": records, "seed": DATA_SEED}
@@ -167,8 +170,8 @@ def train_one(config: str, changed: dict[str, Any]) -> None:
 
 def held_out(args: argparse.Namespace) -> Path:
     """The held-out questions as a file of conversations, for `vllm-msd eval`."""
-    from vllm_msd.demo.compare import held_out_samples
-    from vllm_msd.demo.write_data import write_records
+    from demo_factory.held_out import held_out_samples
+    from demo_factory.write_data import write_records
 
     path = args.work / "held_out" / f"held-out-{args.num_prompts}.json"
     if not path.is_file():
@@ -205,7 +208,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) -> None:
     """Add each run's acceptance in vLLM, and whether its answers are those without a draft."""
-    from vllm_msd.demo.compare import acceptance, held_out_samples
+    from demo_factory.held_out import held_out_samples
+    from vllm_msd.measure.compare import acceptance
 
     samples = held_out_samples(args.num_prompts, HELD_OUT_SEED)
     plain: list[list[int]] = []

@@ -14,8 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_msd.demo.engine import Drafting, Engine, restart_tuned
 from vllm_msd.errors import MSDError
+from vllm_msd.measure.engine import Drafting, Engine, restart_tuned
 
 
 def main() -> int:
@@ -30,9 +30,9 @@ def main() -> int:
     args = parser.parse_args()
     restart_tuned()
 
-    from vllm_msd.demo import compare, paths
-    from vllm_msd.demo.image_swap import swap_images
-    from vllm_msd.demo.world import IMAGE_KINDS, sample
+    from vllm_msd.demo import paths
+    from vllm_msd.measure import compare
+    from vllm_msd.measure.image_swap import swap_images
     from vllm_msd.provenance import provenance
 
     facts = provenance(
@@ -41,11 +41,14 @@ def main() -> int:
         seed=args.seed,
         dtype="float32",
     )
-    samples = [
-        sample(IMAGE_KINDS[i % len(IMAGE_KINDS)], args.seed + i // len(IMAGE_KINDS), "test")
-        for i in range(args.num_prompts)
-    ]
     try:
+        paths.use_factory()
+        from demo_factory.world import IMAGE_KINDS, sample
+
+        samples = [
+            sample(IMAGE_KINDS[i % len(IMAGE_KINDS)], args.seed + i // len(IMAGE_KINDS), "test")
+            for i in range(args.num_prompts)
+        ]
         pair = paths.demo_pair()
         drafting = Drafting(args.num_speculative_tokens)
         engine = Engine(pair.target, draft=pair.draft, drafting=drafting)

@@ -5,8 +5,9 @@
     python examples/benchmark_serving.py --request-rate 4 --max-concurrency 8 --num-prompts 100
     python examples/benchmark_serving.py --kinds chart,caption --output result.json
 
-Requests are the demo world's held-out ones: images with questions, and text-only instructions. The
-load generator is vLLM's own, `vllm bench serve`; its printout has more than the summary here.
+Requests are the demo's held-out samples, images with questions and text-only instructions; there
+are 105, so more prompts repeat some. The load generator is vLLM's own, `vllm bench serve`; its
+printout has more than the summary here.
 TTFT is the time to the first token, TPOT the time per further token, both in milliseconds.
 Acceptance comes from the server's /metrics; without speculative decoding there is none.
 """
@@ -14,6 +15,7 @@ Acceptance comes from the server's /metrics; without speculative decoding there 
 import argparse
 import base64
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -38,22 +40,22 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--max-concurrency", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--kinds", help="of the demo world, separated by commas (default: all)")
-    parser.add_argument("--seed", type=int, default=20_000)
+    parser.add_argument("--kinds", help="of the demo's samples, separated by commas (default: all)")
+    parser.add_argument("--seed", type=int, default=20_000, help="of the arrival times")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     return parser.parse_args()
 
 
-def write_requests(path: Path, kinds: list[str], count: int, seed: int) -> None:
+def write_requests(path: Path, kinds: list[str], count: int) -> None:
     """Write held-out requests in the form of `vllm bench serve`'s custom_image data set.
 
     It sends one user message; for a conversation that is its last question.
     """
-    from vllm_msd.demo.world import sample
+    from vllm_msd.demo.samples import held_out_samples
 
+    samples = [one for one in held_out_samples() if one.kind in kinds]
     with path.open("w", encoding="utf-8") as file:
-        for index in range(count):
-            one = sample(kinds[index % len(kinds)], seed + index, "test")
+        for one in itertools.islice(itertools.cycle(samples), count):
             content = []
             for image in one.images:
                 buffer = io.BytesIO()
@@ -96,15 +98,16 @@ def summary(result: dict) -> dict:
 def main() -> int:
     """Run the example."""
     args = parse_args()
-    from vllm_msd.demo.world import KINDS
+    from vllm_msd.demo.samples import KIND_NAMES
 
-    kinds = args.kinds.split(",") if args.kinds else list(KINDS)
-    if unknown := set(kinds) - set(KINDS):
-        sys.exit(f"--kinds: got {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
+    kinds = args.kinds.split(",") if args.kinds else list(KIND_NAMES)
+    if unknown := set(kinds) - set(KIND_NAMES):
+        known = ", ".join(KIND_NAMES)
+        sys.exit(f"--kinds: got {', '.join(sorted(unknown))}; expected some of {known}")
     model, root = served_model(args.base_url)
     with tempfile.TemporaryDirectory() as folder:
         requests = Path(folder) / "requests.jsonl"
-        write_requests(requests, kinds, args.num_prompts, args.seed)
+        write_requests(requests, kinds, args.num_prompts)
         command = [
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
             *("--base-url", args.base_url, "--model", root, "--served-model-name", model),

@@ -6,7 +6,7 @@
 
 Every image may lie anywhere in the prompt: the draft takes its visual rows from where they are.
 Where that is, the model's chat template decides; LLaVA's puts a message's images before its text.
-Without --image it draws two held-out scenes of the demo world. The demo target was trained on one
+Without --image it sends two of the demo's held-out scenes. The demo target was trained on one
 image at a time, so expect a loose answer from it; a larger model does this properly.
 """
 
@@ -41,9 +41,9 @@ def main() -> None:
     if args.image:
         images = [Image.open(path) for path in args.image]
     else:
-        from vllm_msd.demo.world import sample
+        from vllm_msd.demo.samples import held_out_samples
 
-        images = [sample("caption", seed, "test").images[0] for seed in (10_000, 10_001)]
+        images = [one.images[0] for one in held_out_samples() if one.kind == "caption"][:2]
 
     from openai import APIConnectionError, OpenAI
 

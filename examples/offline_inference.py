@@ -6,7 +6,7 @@
     python examples/offline_inference.py --num-speculative-tokens 16 --tree-depth 5 --tree-top-k 4
 
 Without --target it serves the small demo pair that comes with the package, and without --image it
-draws one of the demo world's held-out scenes. --image may be given several times.
+shows one of the demo's held-out scenes. --image may be given several times.
 """
 
 import argparse
@@ -64,9 +64,9 @@ def main() -> None:
     if args.image:
         images = [Image.open(path) for path in args.image]
     else:
-        from vllm_msd.demo.world import sample
+        from vllm_msd.demo.samples import held_out_samples
 
-        images = sample("caption", 10_000, "test").images
+        images = next(one.images for one in held_out_samples() if one.kind == "caption")
 
     from vllm import LLM, SamplingParams
 

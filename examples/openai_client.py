@@ -4,7 +4,7 @@
     python examples/openai_client.py
     python examples/openai_client.py --image photo.jpg --question "What is this?"
 
-Without --image it draws one of the demo world's held-out scenes. The server decides about MSD: a
+Without --image it sends one of the demo's held-out scenes. The server decides about MSD: a
 client does not see it, other than by the speed.
 """
 
@@ -22,10 +22,11 @@ def image_url(path: str | None) -> str:
         return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
     import io
 
-    from vllm_msd.demo.world import sample
+    from vllm_msd.demo.samples import held_out_samples
 
     buffer = io.BytesIO()
-    sample("caption", 10_000, "test").images[0].save(buffer, format="PNG")
+    scene = next(one for one in held_out_samples() if one.kind == "caption")
+    scene.images[0].save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -9,9 +9,10 @@ only when a kernel is launched. ``docs/kernels.md`` says what there is and what 
 from .accept.api import AcceptedPaths, accept
 from .settle.api import LayerCaches, settle
 from .tree_attention.api import TreeAttentionWorkspace, tree_attention
-from .tree_attention.eager import ancestor_bits
+from .tree_attention.eager import MAX_NODES, ancestor_bits
 
 __all__ = [
+    "MAX_NODES",
     "AcceptedPaths",
     "LayerCaches",
     "TreeAttentionWorkspace",

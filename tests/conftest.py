@@ -1,11 +1,13 @@
-"""What needs a CUDA device is skipped, with the reason, where there is none."""
+"""What needs a CUDA device is skipped where there is none; tests that take long must say so."""
 
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+LONG_SECONDS = 60
 
 
 def pytest_report_header() -> str:
@@ -25,3 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none")
         for item in needy:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests that took longer than `make test FAST=1` would have them."""
+    seconds: Counter[str] = Counter()
+    for report in terminalreporter.getreports("") + terminalreporter.getreports("passed"):
+        if "long" not in report.keywords:
+            seconds[report.nodeid] += report.duration
+    for name, taken in seconds.most_common():
+        if taken > LONG_SECONDS:
+            terminalreporter.write_line(f"took {taken:.0f} s and is not marked `long`: {name}")

@@ -28,6 +28,8 @@ def provenance(**settings: Any) -> dict[str, Any]:
 def command_line() -> str:
     """The command as a user would type it, without this machine's folders."""
     arguments = [a.replace(os.getcwd() + os.sep, "") for a in sys.argv[1:]]
+    if (spec := sys.modules["__main__"].__spec__) is not None:
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *arguments])
     script = Path(sys.argv[0])
     if script.suffix == ".py":
         name = script.resolve().as_posix().removeprefix(Path.cwd().as_posix() + "/")

@@ -45,8 +45,8 @@ def accept(
 
     The target has drawn one token after every node: its argmax, or a sample. From the root on, the
     walk goes to the child that carries the drawn token, and ends where there is none; the draws on
-    its way are the tokens to emit. With distinct tokens among siblings that is lossless whatever
-    the draws were made with. The rows of the batch are those of its logits, request by request::
+    its way are the tokens to emit. The rows of the batch are those of its logits, request by
+    request::
 
         request        0 (6 nodes)       1 (no draft)   2 (3 nodes)
         row            0  1  2  3  4  5  6              7  8  9        row_start [0, 6, 7, 10]
@@ -56,6 +56,11 @@ def accept(
         -> nodes       0 2 5             0              0 1 2
         -> tokens      b e y             z              f g h
         -> lengths     2                 0              2
+
+    Why that is lossless, whatever the draws were made with: siblings have distinct tokens, chosen
+    without chance. Recursive rejection sampling over such children accepts child c with exactly the
+    target's probability of its token, which is what drawing once and looking for the draw among
+    the children does. So the tokens emitted are the target's own draws, greedy or sampled.
 
     Args:
         drawn: [rows] int32 or int64, the target's token after each row.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_TREE_SLOTS = 64  # bits in one mask: the root and up to 63 drafted nodes
+MAX_NODES = 64  # of a tree, the root included: bits in one mask
 NO_TREE = -1  # tree_start of a request that is plain causal
 
 
@@ -19,10 +19,10 @@ def ancestor_bits(parents: Sequence[int]) -> Tensor:
     ``parents[i]`` is the node before i on its path, and -1 for the root, which comes first. Every
     parent stands before its children. A node sees itself, its parent, its parent's parent, ...
     """
-    if len(parents) > MAX_TREE_SLOTS:
+    if len(parents) > MAX_NODES:
         raise ValueError(
             f"a tree of {len(parents)} nodes does not fit one 64-bit mask per node: "
-            f"keep the root and at most {MAX_TREE_SLOTS - 1} others"
+            f"keep the root and at most {MAX_NODES - 1} others"
         )
     masks: list[int] = []
     for node, parent in enumerate(parents):
@@ -53,27 +53,17 @@ def visible_keys(query_len: int, seq_len: int, tree_start: int, ancestors: Tenso
     visible = key[None, :] <= position[:, None]
     if tree_start >= 0 and ancestors is not None:
         node = key - tree_start
-        has_bit = (node >= 0) & (node < MAX_TREE_SLOTS)
-        bit = (ancestors.cpu()[:, None] >> node.clamp(0, MAX_TREE_SLOTS - 1)) & 1
+        has_bit = (node >= 0) & (node < MAX_NODES)
+        bit = (ancestors.cpu()[:, None] >> node.clamp(0, MAX_NODES - 1)) & 1
         visible &= (node < 0) | (has_bit & bit.bool())
     return visible
 
 
 def tree_attention_eager(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    tree_start: Tensor | None,
-    ancestors: Tensor | None,
-    scale: float,
-    *,
-    out: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    query_start: Tensor, tree_start: Tensor | None, ancestors: Tensor | None, scale: float,
+    *, out: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Same arguments and result as ``tree_attention``; computes in float32.
 
     Slots of the cache that no query may look at can hold anything, NaN included: they never reach
@@ -84,8 +74,8 @@ def tree_attention_eager(
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // num_kv_heads
     for request in range(seq_lens.shape[0]):
-        begin, end = query_start[request].item(), query_start[request + 1].item()
-        seq_len = seq_lens[request].item()
+        begin, end = int(query_start[request]), int(query_start[request + 1])
+        seq_len = int(seq_lens[request])
         if begin == end:
             continue
 
@@ -94,7 +84,7 @@ def tree_attention_eager(
         keys = k_cache[block, slot % block_size].float()  # [seq_len, num_kv_heads, head_size]
         values = v_cache[block, slot % block_size].float()
 
-        first_node = NO_TREE if tree_start is None else tree_start[request].item()
+        first_node = NO_TREE if tree_start is None else int(tree_start[request])
         masks = None if ancestors is None else ancestors[begin:end]
         visible = visible_keys(end - begin, seq_len, first_node, masks).to(q.device)
         seen = visible.any(dim=0)[:, None, None]

@@ -182,20 +182,25 @@ def launch_tree_attention(
         )
         num_splits = max(1, min(num_splits, fitting))
     if num_splits > 1 and workspace is None:
-        workspace = TreeAttentionWorkspace.allocate(*q.shape, num_splits, q.device)
+        workspace = TreeAttentionWorkspace.allocate(
+            num_tokens, num_heads, head_size, num_splits, q.device
+        )
     elif num_splits > max(1, fitting):
         raise ValueError(
             f"the workspace holds {fitting} splits of {num_tokens} tokens and {num_heads} heads, "
             f"num_splits is {num_splits}: allocate it for the largest batch"
         )
 
+    partial = partial_lse = None
+    if workspace is not None and num_splits > 1:
+        partial, partial_lse = workspace.partial, workspace.partial_lse
     shape = {"HEAD_SIZE": head_size, "BLOCK_D": power_of_two(head_size)}
     # sum over requests of ceil(len / block_q) is at most this, whatever the lengths are.
     q_blocks = num_tokens // block_q + num_requests
     tree_attention_kernel[(q_blocks, num_kv_heads, num_splits)](
         out,
-        workspace.partial if num_splits > 1 else None,
-        workspace.partial_lse if num_splits > 1 else None,
+        partial,
+        partial_lse,
         q,
         k_cache,
         v_cache,
@@ -229,8 +234,8 @@ def launch_tree_attention(
     if num_splits > 1:
         merge_splits_kernel[(num_tokens, num_heads)](
             out,
-            workspace.partial,
-            workspace.partial_lse,
+            partial,
+            partial_lse,
             query_start,
             num_requests,
             num_splits,

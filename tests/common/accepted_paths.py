@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tests.common.tree_batches import chain, random_tree, star
+from vllm_msd.kernels import AcceptedPaths, accept
+from vllm_msd.tree import DraftTree
 
 LAYOUTS = {  # physical order of layer, block, head, slot, content
     "layer, block, head, slot": (0, 1, 2, 3, 4),
@@ -72,3 +74,39 @@ def random_forest(sizes: list[int], nodes: int, seed: int) -> tuple[Tensor, Tens
                 pick = int(torch.randint(len(children), (), generator=generator))
                 drawn[i, node] = tokens[i, children[pick]]
     return tokens, parents, drawn, torch.tensor(sizes)
+
+
+def walked_one_by_one(
+    tokens: Tensor, parents: Tensor, drawn: Tensor, sizes: Tensor
+) -> AcceptedPaths:
+    """What `accept` gives for these trees (all ``[R, T]``, sizes ``[R]``): plain loops, no rows."""
+    paths, emitted = [], []
+    for names, up, draws, size in zip(
+        *(x.tolist() for x in (tokens, parents, drawn, sizes)), strict=True
+    ):
+        path = [0] if size else []
+        while path:
+            node = path[-1]
+            children = [j for j in range(1, size) if up[j] == node and names[j] == draws[node]]
+            if not children:
+                break
+            path.append(children[0])
+        padding = [-1] * (len(names) - len(path))
+        paths.append(path + padding)
+        emitted.append([draws[node] for node in path] + padding)
+    nodes = torch.tensor(paths)
+    return AcceptedPaths((nodes > 0).sum(1), nodes, torch.tensor(emitted))
+
+
+def accept_trees(tree: DraftTree, drawn: Tensor, sizes: Tensor | None = None) -> AcceptedPaths:
+    """`accept` for trees and draws ``[R, T]``, of which the first ``sizes [R]`` nodes are real."""
+    if sizes is None:
+        sizes = torch.full((len(drawn),), tree.num_nodes)
+    is_node = torch.arange(tree.num_nodes) < sizes[:, None]
+    row_start = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    return accept(drawn[is_node], tree.tokens[is_node], tree.parents, row_start)
+
+
+def next_roots(accepted: AcceptedPaths) -> Tensor:
+    """``[R]`` the last token emitted, which no draft proposed."""
+    return accepted.tokens.gather(1, accepted.lengths[:, None])[:, 0]

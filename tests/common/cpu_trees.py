@@ -23,7 +23,7 @@ from vllm.v1.worker.utils import allocate_kv_cache
 
 from vllm_msd.vllm_plugin.cpu.attention import TreeCPUAttentionImpl
 from vllm_msd.vllm_plugin.cpu.scratch import add_scratch, bind_scratch
-from vllm_msd.vllm_plugin.trees.rows import attach
+from vllm_msd.vllm_plugin.trees.attention import attach
 
 GARBAGE = 1000.0
 

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.common import tiny
 from tests.common.chain_identity import Run, engine_options, greedy, require_runner
+from tests.common.draft_oracle import Oracle
 from tests.common.fp32_engine import open_engine, running_engine
 from tests.common.tree_mutations import mutated
-from vllm_msd.draft import DraftCache
-from vllm_msd.tree import TreeConfig, draft_tree
+from vllm_msd.tree import TreeConfig
 
 
 @dataclass
@@ -44,11 +43,11 @@ class Recorder:
         compute_logits = draft.compute_logits
 
         def parents_v1(_: Any) -> Tensor | None:
-            return drafter.drafted[1] if hasattr(drafter, "drafted") else None
+            return drafter.drafted.parents if hasattr(drafter, "drafted") else None
 
         def parents_v2(input_batch: Any) -> Tensor | None:
-            state = drafter.model_state
-            return state.parents[input_batch.idx_mapping] if hasattr(state, "parents") else None
+            store = getattr(drafter.model_state, "store", None)
+            return None if store is None else store.parents[input_batch.idx_mapping]
 
         def propose_v1(**arguments: Any) -> Tensor:
             starts = arguments["common_attn_metadata"].query_start_loc_cpu.tolist()
@@ -130,95 +129,6 @@ class Recorder:
 def external(request_id: str) -> str:
     """The id that the caller sees; vLLM appends a random suffix to it."""
     return request_id.split("-")[0]
-
-
-@dataclass
-class Oracle:
-    """Target (Hugging Face) and draft (`MSDDraft`) of a pair, run on whole sequences."""
-
-    kind: str
-    target: str
-    draft_path: str
-
-    def __post_init__(self) -> None:
-        import transformers
-
-        from vllm_msd.checkpoint import load_draft
-        from vllm_msd.draft import MSDDraft
-
-        architecture = getattr(transformers, tiny.FAMILIES[self.kind].architecture)
-        self.model = architecture.from_pretrained(self.target, dtype=torch.float32).eval()
-        self.processor = transformers.AutoProcessor.from_pretrained(self.target)
-        self.image_token = self.processor.image_token_id
-        config, state = load_draft(self.draft_path)
-        self.draft = MSDDraft.from_state_dict(config, state).float()
-
-    @torch.inference_mode()
-    def target_rows(self, ids: list[int], images: list[Any]) -> tuple[Tensor, Tensor]:
-        """Input embeddings (images merged) and last hidden states, ``[1, L, H]`` each."""
-        seen: dict[str, Tensor] = {}
-        hook = self.model.model.language_model.register_forward_pre_hook(
-            lambda _, __, named: seen.update(embeds=named["inputs_embeds"]), with_kwargs=True
-        )
-        token_ids = torch.tensor([ids])
-        media = {}
-        if images:
-            media = dict(self.processor.image_processor(images, return_tensors="pt"))
-            if tiny.FAMILIES[self.kind].is_qwen_vl:
-                media["mm_token_type_ids"] = (token_ids == self.image_token).int()
-        hidden = self.model.model(input_ids=token_ids, **media).last_hidden_state
-        hook.remove()
-        return seen["embeds"], hidden
-
-    @torch.inference_mode()
-    def draft_rows(self, ids: list[int], embeds: Tensor, hidden: Tensor) -> tuple[Any, Tensor]:
-        """The shifted rows of the sequence and the draft's outputs ``[L, H]``."""
-        from vllm_msd.draft import shift
-
-        table = self.model.get_input_embeddings()
-        token_ids = torch.tensor([ids])
-        is_visual = token_ids == self.image_token
-        rows = shift(embeds, hidden, token_ids, torch.tensor([0]), is_visual, table)
-        outputs = self.draft(
-            rows.token_embeds, rows.hidden_states, rows.visual_mask, rows.position_ids
-        )
-        return rows, outputs[0]
-
-    @torch.inference_mode()
-    def chain(self, rows: Any, outputs: Tensor, position: int, length: int) -> list[int]:
-        """The ``length`` tokens drafted greedily after the row at ``position``."""
-        embeds = rows.token_embeds[:, : position + 1]
-        hidden = rows.hidden_states[:, : position + 1]
-        visual = rows.visual_mask[:, : position + 1]
-        last, tokens = outputs[position], []
-        for _ in range(length):
-            tokens.append(int(self.model.lm_head(last).argmax()))
-            embed = self.model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
-            embeds = torch.cat([embeds, embed], 1)
-            hidden = torch.cat([hidden, last[None, None]], 1)
-            visual = torch.cat([visual, torch.zeros(1, 1, dtype=torch.bool)], 1)
-            positions = torch.arange(embeds.shape[1])[None]
-            last = self.draft(embeds, hidden, visual, positions)[0, -1]
-        return tokens
-
-    @torch.inference_mode()
-    def tree(
-        self, rows: Any, position: int, root: int, config: TreeConfig
-    ) -> tuple[list[int], list[int]]:
-        """Tokens, but for the root's, and parents of the tree grown after a row."""
-        cache, beginning = DraftCache(), slice(position + 1)
-        outputs = self.draft(
-            rows.token_embeds[:, beginning],
-            rows.hidden_states[:, beginning],
-            rows.visual_mask[:, beginning],
-            rows.position_ids[:, beginning],
-            cache=cache,
-        )
-        grown = draft_tree(
-            self.draft, cache, outputs[:, -1], torch.tensor([root]),
-            self.model.get_input_embeddings(), self.model.lm_head, config.shape,
-        )  # fmt: skip
-        return grown.tokens[0, 1:].tolist(), grown.parents[0].tolist()
 
 
 def draft_rows(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_msd.draft import MSDDraft, MSDDraftConfig
@@ -46,6 +47,22 @@ PUBLISHED = {
 }
 LAYOUTS = tuple(PUBLISHED)
 
+# Configs of targets that the drafts above fit, nested and flat.
+LLAVA = {
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": {
+        "model_type": "llama", "hidden_size": 32, "vocab_size": 48, "num_attention_heads": 4,
+    },
+}  # fmt: skip
+QWEN25 = {
+    "model_type": "qwen2_5_vl",
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "hidden_size": 32,
+    "vocab_size": 48,
+    "num_attention_heads": 4,
+}
+
 
 def small_config(layout: str, **changes) -> MSDDraftConfig:
     """Config of a small draft."""
@@ -70,3 +87,41 @@ def write_published(folder: Path, layout: str, dtype=torch.float32) -> dict[str,
     (folder / "config.json").write_text(json.dumps(PUBLISHED[layout]))
     torch.save(state, folder / "pytorch_model.bin")
     return state
+
+
+def resave(folder: Path, state: dict) -> None:
+    """Write ``state`` over the weights of a draft from :func:`write_published`."""
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether both hold the same names with the same numbers."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# The forms in which weights are published: one file or several, pickled or not.
+
+
+def as_old_pickle(folder, state):
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def as_safetensors(folder, state):
+    save_file(state, folder / "model.safetensors")
+
+
+def as_shards(folder, state, kind="pytorch_model", suffix="bin", save=torch.save):
+    names = sorted(state)
+    index = {}
+    for number, part in enumerate((names[:5], names[5:]), 1):
+        file = f"{kind}-{number:05}-of-00002.{suffix}"
+        save({n: state[n] for n in part}, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / f"{kind}.{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def as_safetensors_shards(folder, state):
+    as_shards(folder, state, "model", "safetensors", save_file)
+
+
+FORMS = [resave, as_old_pickle, as_safetensors, as_shards, as_safetensors_shards]

@@ -1,6 +1,6 @@
 """Greedy identity: real vLLM with and without MSD on the same requests, token for token.
 
-Used by ``tests/vllm/test_lossless_greedy.py`` and ``benchmarks/lossless.py``, through
+Used by ``tests/vllm/test_lossless_greedy.py`` and ``tests/long/lossless.py``, through
 ``tests.common.worker``. Not covered: compiled kernels and CUDA graphs (all of this runs eagerly).
 """
 
@@ -45,7 +45,7 @@ def demo_requests(target: str, count: int, lengths: Sequence[int], seed: int) ->
     """
     from transformers import AutoProcessor
 
-    from vllm_msd.demo.world import KINDS, sample
+    from demo_factory.world import KINDS, sample
 
     processor = AutoProcessor.from_pretrained(target)
     with_image = [kind for kind in KINDS if kind != "text"]

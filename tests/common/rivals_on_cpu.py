@@ -9,14 +9,13 @@ of the device. Prints the worst error as a multiple of what rounding explains, o
 import importlib
 import os
 import sys
-from pathlib import Path
 
 os.environ |= {"TRITON_INTERPRET": "1", "MSLK_PYTHON_ONLY": "1"}  # no native library without CUDA
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
-from tree_attention_problem import TINY, Case, Problem
-from tree_attention_rivals import RIVALS
+
+from benchmarks.tree_attention.problem import TINY, Case, Problem
+from benchmarks.tree_attention.rivals import RIVALS
 
 SPLIT_K = {
     "xformers": "xformers.ops.fmha.triton_splitk",

@@ -1,6 +1,6 @@
 """The distribution test: sequences sampled by real vLLM under MSD against the target's own law.
 
-Used by ``tests/vllm/test_*_sampling.py``, ``benchmarks/lossless.py`` and ``benchmarks/soak.py``,
+Used by ``tests/vllm/test_*_sampling.py``, ``tests/long/lossless.py`` and ``tests/long/soak.py``,
 through ``tests.common.worker``. Settings are arguments of `distribution.warp` and of vLLM's
 sampling alike.
 """

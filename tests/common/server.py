@@ -20,10 +20,9 @@ from typing import Any
 
 import httpx
 
-from vllm_msd.demo.world import Sample
+from demo_factory.world import Sample
+from tests.common.worker import HANGS, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
-START_SECONDS = 240
 MAX_MODEL_LEN = 1024
 
 
@@ -47,7 +46,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """The server's Prometheus values, summed over labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as reply:
             lines = reply.read().decode().splitlines()
         values: dict[str, float] = {}
         for line in lines:
@@ -96,7 +95,7 @@ def start_server(
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + HANGS
     while not server.is_up():
         if process.poll() is not None or time.monotonic() > deadline:
             server.stop()

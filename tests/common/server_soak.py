@@ -15,8 +15,9 @@ import httpx
 import psutil
 from PIL import Image
 
+from demo_factory.world import KINDS, sample
 from tests.common.server import MAX_MODEL_LEN, Outcome, Server, ask, chat_messages, image_url, png
-from vllm_msd.demo.world import KINDS, sample
+from tests.common.worker import HANGS
 
 CONCURRENCY = 64
 MAX_TOKENS = 32
@@ -34,7 +35,7 @@ SHARES = {
     "wrong_type": 4,
 }
 # Whose text must be that of no speculation, and which must be refused.
-ANSWERED = ("good", "streamed", "adapter", "structured")
+ANSWERED = ("good", "streamed", "adapter", "structured", "seeded")
 REFUSED = ("corrupt_image", "huge_image", "oversized", "wrong_type")
 ADAPTERS = ("first", "second")
 _RULES = (
@@ -173,8 +174,8 @@ def held_after(server: Server) -> dict[str, float]:
     body = {"model": "msd-demo", "prompt": "hello", "max_tokens": 1}
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     held: dict[str, float] = {}
-    for _ in range(20):
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    for _ in range(60):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=HANGS).raise_for_status()
         metrics = server.metrics()
         held = {name: metrics[f"vllm:{name}"] for name in names if metrics[f"vllm:{name}"]}
         if not held:

@@ -7,23 +7,15 @@ with trees beyond what grows without them is the plugin's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tests.common import workload
-from tests.common.chain_identity import Run, engine_options, require_runner
-from tests.common.fp32_engine import (
-    acceptance,
-    counted,
-    pictures_kept_for_resumption,
-    running_engine,
-    scheduler_of,
-)
-from tests.common.tree_identity import DEPTH, NODES, TOP_K
-from tests.common.tree_mutations import watched_acceptance
+from tests.common.chain_identity import engine_options
+from tests.common.fp32_engine import scheduler_of
+from tests.common.tree_identity import served_both_ways
 
 # Sixteen requests fill the batch; the longest of them do not all fit into the cache.
 OPTIONS = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 57}
@@ -49,62 +41,38 @@ def soak(
     ``memory_growth_mib`` is the median memory of the last quarter of the requests less that of the
     second, ``plain_memory_growth_mib`` that without speculation.
     """
-    started = time.perf_counter()
     asked = workload.random_requests(requests, seed, longest, abort=0.2)
-    options = {**engine_options(kind), **OPTIONS}
-    with (
-        pictures_kept_for_resumption(),
-        running_engine(target, None, **options) as plain,
-        workload.progress_bar("no speculation", requests, show_progress) as show,
-    ):
-        require_runner(plain, runner)
-        plain_curve = Curve(plain, requests, show)
-        expected = workload.serve(plain, kind, asked, concurrency, seed, plain_curve.sample)
+    curves: dict[str, Curve] = {}
 
-    with (
-        pictures_kept_for_resumption(),
-        running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **options) as engine,
-        watched_acceptance(runner) as seen,
-        workload.progress_bar("trees", requests, show_progress) as show,
-    ):
-        require_runner(engine, runner)
-        curve = Curve(engine, requests, show)
-        got = workload.serve(engine, kind, asked, concurrency, seed, curve.sample)
-        return {
-            "runner": runner,
-            "kind": kind,
-            "requests": requests,
-            "concurrency": concurrency,
-            "aborted": sum(answer.aborted for answer in got.values()),
-            "images": sum(len(request.images) for request in asked),
-            "tokens": sum(len(ids) for a in got.values() for ids, *_ in a.samples),
-            "mismatches": workload.mismatches(asked, expected, got),
-            "preemptions": Run(engine, kind, {}).metric("vllm:num_preemptions"),
-            "used_blocks": workload.used_blocks(engine),
-            "memory_growth_mib": round(growth(curve.values["memory_mib"]), 1),
-            "plain_memory_growth_mib": round(growth(plain_curve.values["memory_mib"]), 1),
-            **counted(acceptance(engine)),
-            **seen.report(),
-            "curve": curve.values,
-            "plain_curve": plain_curve.values,
-            "seconds": round(time.perf_counter() - started, 1),
-            "cpu_seconds": round(time.process_time(), 1),
-        }
+    def watch(name: str, engine: Any) -> Callable[[dict[str, workload.Answer]], None]:
+        curves[name] = Curve(engine, requests)
+        return curves[name].sample
+
+    report = served_both_ways(
+        asked, runner=runner, kind=kind, target=target, draft=draft, seed=seed,
+        concurrency=concurrency, options={**engine_options(kind), **OPTIONS},
+        show_progress=show_progress, watch=watch,
+    )  # fmt: skip
+    plain, trees = curves["plain"].values, curves["trees"].values
+    return {
+        **report,
+        "memory_growth_mib": round(growth(trees["memory_mib"]), 1),
+        "plain_memory_growth_mib": round(growth(plain["memory_mib"]), 1),
+        "curve": trees,
+        "plain_curve": plain,
+    }
 
 
 class Curve:
     """Memory and free blocks of one engine's process along ``requests`` requests."""
 
-    def __init__(
-        self, engine: Any, requests: int, show: Callable[[dict[str, workload.Answer]], None]
-    ) -> None:
+    def __init__(self, engine: Any, requests: int) -> None:
         self.values: dict[str, list[float]] = {"requests": [], "memory_mib": [], "free_blocks": []}
         self.pool = scheduler_of(engine).kv_cache_manager.block_pool
-        self.requests, self.show = requests, show
+        self.requests = requests
 
     def sample(self, answers: dict[str, workload.Answer]) -> None:
-        """After a step: show progress, and write a sample down where one is due."""
-        self.show(answers)
+        """After a step: write a sample down where one is due."""
         values = self.values
         if len(answers) >= len(values["requests"]) * self.requests / SAMPLES:
             values["requests"].append(len(answers))

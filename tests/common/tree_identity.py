@@ -161,7 +161,7 @@ def tree_identity(
     engine = open_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **engine_options(kind))
     require_runner(engine, runner)
     results, broken = {}, {}
-    with watched_acceptance(runner) as seen:
+    with watched_acceptance() as seen:
         for name, case in chosen.items():
             run = Run(engine, kind, shared[name])
             results[name] = {**check_case(run, case, expected[name]), **seen.report()}
@@ -209,7 +209,6 @@ def random_identity(
         async_scheduling: force it on where trees are drafted.
         show_progress: draw a bar on standard error.
     """
-    started = time.perf_counter()
     if runner == "v2":
         use_torch_top_p()
     options = engine_options(kind)
@@ -219,27 +218,68 @@ def random_identity(
         asked = workload.sampled_requests(requests, seed, longest)
     else:
         asked = workload.random_requests(requests, seed, longest, seeded=runner == "v2")
-    with (
-        pictures_kept_for_resumption(),
-        running_engine(target, None, **options) as plain,
-        workload.progress_bar("no speculation", requests, show_progress) as on_step,
-    ):
-        require_runner(plain, runner)
-        expected = workload.serve(plain, kind, asked, concurrency, seed, on_step)
+    return served_both_ways(
+        asked, runner=runner, kind=kind, target=target, draft=draft, seed=seed,
+        concurrency=concurrency, options=options, async_scheduling=async_scheduling,
+        show_progress=show_progress,
+    )  # fmt: skip
+
+
+def served_both_ways(
+    asked: list[workload.Request],
+    *,
+    runner: str,
+    kind: str,
+    target: str,
+    draft: str,
+    seed: int,
+    concurrency: int,
+    options: dict[str, Any],
+    async_scheduling: bool = False,
+    show_progress: bool = False,
+    watch: Callable[[str, Any], Callable[..., None]] | None = None,
+) -> dict[str, Any]:
+    """Serve a workload without speculation and then with trees; how the answers differ.
+
+    Args:
+        asked: the workload.
+        runner, kind, target, draft, concurrency, async_scheduling, show_progress: as for
+            `random_identity`.
+        seed: of the order in which requests come.
+        options: of both engines.
+        watch: called with ``plain`` or ``trees`` and the engine, gives what `workload.serve` is to
+            call after every step.
+    """
+    started = time.perf_counter()
+
+    def answers(name: str, engine: Any) -> dict[str, workload.Answer]:
+        require_runner(engine, runner)
+        watcher = watch(name, engine) if watch else None
+        label = {"plain": "no speculation"}.get(name, name)
+        with workload.progress_bar(label, len(asked), show_progress) as show:
+
+            def on_step(done: dict[str, workload.Answer]) -> None:
+                show(done)
+                if watcher is not None:
+                    watcher(done)
+
+            return workload.serve(engine, kind, asked, concurrency, seed, on_step)
+
+    with pictures_kept_for_resumption(), running_engine(target, None, **options) as plain:
+        expected = answers("plain", plain)
     with (
         pictures_kept_for_resumption(),
         forced_async_scheduling() if async_scheduling else nullcontext(),
         running_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **options) as engine,
-        watched_acceptance(runner) as seen,
-        workload.progress_bar("trees", requests, show_progress) as on_step,
+        watched_acceptance() as seen,
     ):
-        require_runner(engine, runner)
-        got = workload.serve(engine, kind, asked, concurrency, seed, on_step)
+        got = answers("trees", engine)
         return {
             "runner": runner,
             "kind": kind,
             "scheduler": type(scheduler_of(engine)).__name__,
-            "requests": requests,
+            "requests": len(asked),
+            "concurrency": concurrency,
             "aborted": sum(answer.aborted for answer in got.values()),
             "images": sum(len(request.images) for request in asked),
             "tokens": sum(len(ids) for a in got.values() for ids, *_ in a.samples),

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from vllm_msd.kernels import AcceptedPaths
-from vllm_msd.tree import Acceptance, DraftTree
-
-PLUGIN = "vllm_msd.vllm_plugin"
 
 
 @contextmanager
 def patched(place: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace ``module:name`` (or ``module:Class.name``) below ``TREES`` by ``make`` of it."""
+    """Replace ``module:name`` (or ``module:Class.name``) of this package by ``make`` of it."""
     module, _, path = place.partition(":")
     *parents, name = path.split(".")
-    owner = import_module(f"{PLUGIN}.{module}")
+    owner = import_module(f"vllm_msd.{module}")
     for parent in parents:
         owner = getattr(owner, parent)
     with mock.patch.object(owner, name, make(getattr(owner, name))):
@@ -53,12 +50,11 @@ def _star_masks(tree_rows: Any) -> Any:
 def _tokens_in_row_order(original: Any) -> Any:
     """The accepted path is right, but its tokens are read from the first rows of the tree."""
 
-    def broken(tree: DraftTree, drawn: Tensor, num_nodes: Tensor | None = None) -> Acceptance:
-        right = original(tree, drawn, num_nodes)
-        tokens = torch.where(right.nodes >= 0, drawn, -1)
-        return replace(
-            right, tokens=tokens, next_tokens=tokens.gather(1, right.lengths[:, None])[:, 0]
-        )
+    def broken(drawn: Tensor, tokens: Tensor, parents: Tensor, row_start: Tensor) -> Any:
+        right = original(drawn, tokens, parents, row_start)
+        rows = row_start[:-1, None].long() + torch.arange(parents.shape[1])
+        wrong = drawn.long()[rows.clamp(max=len(drawn) - 1)]
+        return right._replace(tokens=torch.where(right.nodes >= 0, wrong, -1))
 
     return broken
 
@@ -68,7 +64,7 @@ def _linear_sampling_positions(verify: Any) -> Any:
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         unshifted = lambda slots, nodes: torch.zeros_like(nodes)  # noqa: E731
-        with mock.patch.object(self.state, "shift", unshifted):
+        with mock.patch.object(self.store, "shift", unshifted):
             return verify(self, *args, **kwargs)
 
     return broken
@@ -85,50 +81,40 @@ def _inherited(name: str) -> Callable[[Any], Any]:
     return make
 
 
-def _nothing(_: Any) -> Callable[..., None]:
-    return lambda *args, **kwargs: None
+def _unshifted_rows(build: Any) -> Any:
+    """Nodes have the rotary positions of their slots."""
 
-
-def _no_offsets(original: Any) -> Any:
-    return lambda step: torch.zeros_like(original(step))
-
-
-def _identity_index(_: Any) -> Any:
-    return lambda root_rows, nodes, num_rows: torch.arange(num_rows)
-
-
-def _flat_tokens_in_row_order(original: Any) -> Any:
-    """The same mistake with the kernel's arguments: rows of all requests one after another."""
-
-    def broken(drawn: Tensor, tokens: Tensor, parents: Tensor, row_start: Tensor) -> Any:
-        right = original(drawn, tokens, parents, row_start)
-        rows = row_start[:-1, None].long() + torch.arange(parents.shape[1])
-        wrong = drawn.long()[rows.clamp(max=len(drawn) - 1)]
-        return right._replace(tokens=torch.where(right.nodes >= 0, wrong, -1))
+    def broken(*args: Any) -> Any:
+        right = build(*args)
+        return replace(right, shift=torch.zeros_like(right.shift))
 
     return broken
 
 
-# What is broken, for each model runner: the place and its replacement.
+def _nothing(_: Any) -> Callable[..., None]:
+    return lambda *args, **kwargs: None
+
+
+# What is broken: the place and its replacement. The first ones are the same for both model runners.
+STORE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "mask": ("tree.store:TreeRows", _star_masks),
+    "acceptance": ("tree.store:accept", _tokens_in_row_order),
+    "draft_gather": ("tree.store:TreeStore.path_rows", _nothing),
+}
+STATE = "vllm_plugin.gpu.model_state:TreeModelState"
 MUTATIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     "v1": {
-        "mask": ("cpu.runner:TreeRows", _star_masks),
-        "position": ("cpu.step:StepTrees.rotary_offsets", _no_offsets),
-        "settle": ("cpu.runner:settle_cpu", _nothing),
-        "acceptance": ("cpu.sampler:accept", _tokens_in_row_order),
-        "draft_gather": ("cpu.runner:settle_index", _identity_index),
+        **STORE,
+        "position": ("vllm_plugin.cpu.step:StepNodes.build", _unshifted_rows),
+        "settle": ("vllm_plugin.cpu.runner:settle_cpu", _nothing),
     },
     "v2": {
-        "mask": ("gpu.model_state:TreeRows", _star_masks),
-        "position": ("gpu.model_state:TreeModelState.prepare_inputs", _inherited("prepare_inputs")),
-        "settle": (
-            "gpu.model_state:TreeModelState.postprocess_state", _inherited("postprocess_state"),
-        ),
-        "acceptance": ("gpu.sampler:accept", _flat_tokens_in_row_order),
+        **STORE,
+        "position": (f"{STATE}.prepare_inputs", _inherited("prepare_inputs")),
+        "settle": (f"{STATE}.postprocess_state", _inherited("postprocess_state")),
         "sampling_position": (
-            "gpu.sampler:TreeRejectionSampler._verify", _linear_sampling_positions,
+            "vllm_plugin.gpu.sampler:TreeRejectionSampler._verify", _linear_sampling_positions,
         ),
-        "draft_gather": ("gpu.model_state:TreeModelState.settled_rows", _nothing),
     },
 }  # fmt: skip
 # The gather of the draft's inputs changes no output, only what the draft reads.
@@ -147,7 +133,7 @@ def mutated(runner: str, name: str) -> Iterator[None]:
 
 # What trees accept ---------------------------------------------------------------------------
 
-ACCEPT = {"v1": "cpu.sampler:accept", "v2": "gpu.sampler:accept"}
+ACCEPT = "tree.store:accept"
 
 
 @dataclass
@@ -166,7 +152,7 @@ class Seen:
     deepest: int = 0
     sizes: dict[int, int] = field(default_factory=dict)
 
-    def add(self, parents: Tensor, num_nodes: Tensor, found: Acceptance | AcceptedPaths) -> None:
+    def add(self, parents: Tensor, num_nodes: Tensor, found: AcceptedPaths) -> None:
         """Count the trees of one step."""
         node = torch.arange(parents.shape[1])
         is_real = node < num_nodes[:, None]
@@ -196,19 +182,11 @@ class Seen:
 
 
 @contextmanager
-def watched_acceptance(runner: str) -> Iterator[Seen]:
-    """Count what the engines of this process accept, from where their sampler calls `accept`."""
+def watched_acceptance() -> Iterator[Seen]:
+    """Count what the engines of this process accept, from where the store calls `accept`."""
     seen = Seen()
 
-    def watch_v1(original: Any) -> Any:
-        def watching(tree: DraftTree, drawn: Tensor, num_nodes: Tensor) -> Acceptance:
-            found = original(tree, drawn, num_nodes)
-            seen.add(tree.parents, num_nodes, found)
-            return found
-
-        return watching
-
-    def watch_v2(original: Any) -> Any:
+    def watch(original: Any) -> Any:
         def watching(
             drawn: Tensor, tokens: Tensor, parents: Tensor, row_start: Tensor
         ) -> AcceptedPaths:
@@ -218,6 +196,5 @@ def watched_acceptance(runner: str) -> Iterator[Seen]:
 
         return watching
 
-    watch = {"v1": watch_v1, "v2": watch_v2}[runner]
-    with patched(ACCEPT[runner], watch):
+    with patched(ACCEPT, watch):
         yield seen

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Seconds after which a process counts as hung: many times what it takes, as others may be at work.
+HANGS = 1800
 INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
 JOBS = {
     "acceptance_counters": "tests.common.acceptance_counters:acceptance_counters",
@@ -32,7 +34,7 @@ JOBS = {
 
 
 def run_worker(
-    job: str, runner: str, timeout: float = 900, show_errors: bool = False, **arguments: Any
+    job: str, runner: str, timeout: float = HANGS, show_errors: bool = False, **arguments: Any
 ) -> dict[str, Any]:
     """Run a job of ``JOBS`` in a fresh process under the given model runner; returns its report.
 

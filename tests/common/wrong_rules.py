@@ -8,7 +8,6 @@ trees the rule is this package's.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -92,13 +91,7 @@ def _recover(runner: str, choose: Callable[[torch.Tensor], torch.Tensor]) -> Ite
 def accept_first_child(runner: str) -> Iterator[None]:
     """The draft's likeliest path down the tree is output, whatever the target draws there."""
 
-    def wrong_v1(original: Any) -> Any:
-        def accept(tree: Any, drawn: torch.Tensor, num_nodes: torch.Tensor) -> Any:
-            return original(tree, _first_children(tree.tokens, tree.parents, drawn), num_nodes)
-
-        return accept
-
-    def wrong_v2(original: Any) -> Any:
+    def wrong(original: Any) -> Any:
         def accept(
             drawn: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, start: torch.Tensor
         ) -> Any:
@@ -111,7 +104,7 @@ def accept_first_child(runner: str) -> Iterator[None]:
 
         return accept
 
-    with patched(ACCEPT[runner], {"v1": wrong_v1, "v2": wrong_v2}[runner]):
+    with patched(ACCEPT, wrong):
         yield
 
 
@@ -143,24 +136,21 @@ def redraw_among_all(runner: str) -> Iterator[None]:
         return sample(self, logits, *args, **kwargs)
 
     def wrong(original: Any) -> Any:
-        def accept(tree: Any, drawn: torch.Tensor, num_nodes: torch.Tensor) -> Any:
-            node = torch.arange(tree.num_nodes)
-            is_node = node < num_nodes[:, None]
-            second = torch.zeros_like(drawn).masked_scatter_(is_node, again[0])
-            is_child = (tree.parents[:, None, :] == node[:, None]) & is_node[:, None, :]
-            right = original(tree, drawn, num_nodes)
-            last = right.nodes.gather(1, right.lengths[:, None])
-            is_rejected = is_child.any(-1).gather(1, last)
-            redrawn = torch.where(is_rejected, second.gather(1, last), drawn.gather(1, last))
-            return replace(
-                right,
-                tokens=right.tokens.scatter(1, right.lengths[:, None], redrawn),
-                next_tokens=redrawn[:, 0],
-            )
+        def accept(
+            drawn: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, start: torch.Tensor
+        ) -> Any:
+            right = original(drawn, tokens, parents, start)
+            found = right.tokens.clone()
+            for request, (begin, end) in enumerate(pairwise(start.tolist())):
+                depth = int(right.lengths[request])
+                last = int(right.nodes[request, depth])
+                if (parents[request, : end - begin] == last).any():  # it has children
+                    found[request, depth] = again[0][begin + last]
+            return right._replace(tokens=found)
 
         return accept
 
-    with mock.patch.object(Sampler, "sample", sample_twice), patched(ACCEPT[runner], wrong):
+    with mock.patch.object(Sampler, "sample", sample_twice), patched(ACCEPT, wrong):
         yield
 
 

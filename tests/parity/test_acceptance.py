@@ -2,7 +2,9 @@
 
 import torch
 
-from vllm_msd.tree import DraftTree, accept, retrieve_indices, tree_mask
+from tests.common.accepted_paths import accept_trees, next_roots
+from tests.common.tree_tensors import retrieve_indices, tree_mask
+from vllm_msd.tree import DraftTree
 
 
 def parents_from_mask(mask):
@@ -41,11 +43,11 @@ def test_chosen_paths_of_the_continuations(ref, prompt, tree):
         target[0, path[:-1]] = drafted.tokens[0, path[1:]]
         target[0, path[-1]] = next_token
 
-        result = accept(drafted, target)
+        result = accept_trees(drafted, target)
         assert result.lengths.tolist() == [length]
         assert torch.equal(result.nodes[0, : length + 1], path)
         assert (result.nodes[0, length + 1 :] == -1).all()
-        assert result.next_tokens.tolist() == [int(next_token)]
+        assert next_roots(result).tolist() == [int(next_token)]
         hidden = ref[f"{call}.node_hidden_states"][:, path]
         assert torch.equal(hidden, ref[f"{call}.accept_hidden_states"])
 
@@ -61,9 +63,9 @@ def test_fixed_tree_over_many_logits(verification):
     by_node = retrieve_indices(parents[0], lexicographic=True)
     assert torch.equal(by_node, verification["tree.retrieve_indices_sampling"])
 
-    result = accept(DraftTree.from_parents(tokens, parents), logits.argmax(-1))
+    result = accept_trees(DraftTree.from_parents(tokens, parents), logits.argmax(-1))
     assert torch.equal(result.lengths, verification["greedy.accept_length"])
-    assert torch.equal(result.next_tokens, verification["greedy.next_token"])
+    assert torch.equal(next_roots(result), verification["greedy.next_token"])
     best = [first_row_with(paths, nodes) for nodes in result.nodes]
     assert best == verification["greedy.best_candidate"].tolist()
 
@@ -76,9 +78,9 @@ def test_grown_trees_with_real_logits(verification, draft_references):
         ref = next(r for r in draft_references if r.config.vocab_size == logits.shape[1])
         drafted = recorded_tree(ref, name)
         assert torch.equal(tree_mask(drafted)[:, None].byte(), ref[f"{name}.tree_mask"])
-        result = accept(drafted, logits.argmax(-1)[None])
+        result = accept_trees(drafted, logits.argmax(-1)[None])
         assert int(result.lengths) == int(verification[f"greedy_dyn.{name}.accept_length"])
         expected = verification[f"greedy_dyn.{name}.next_logits"].argmax()
-        assert int(result.next_tokens) == int(expected)
+        assert int(next_roots(result)) == int(expected)
         best = first_row_with(ref[f"{name}.retrieve_indices_greedy"], result.nodes[0])
         assert best == int(verification[f"greedy_dyn.{name}.best_candidate"])

@@ -9,8 +9,9 @@ integers must be equal.
 import torch
 from torch.testing import assert_close
 
+from tests.common.tree_tensors import retrieve_indices, tree_mask
 from vllm_msd.draft import DraftCache
-from vllm_msd.tree import draft_tree, retrieve_indices, tree_mask
+from vllm_msd.tree import draft_tree
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 STEP_TOLERANCE = {"atol": 1e-4, "rtol": 2e-5}

@@ -9,8 +9,9 @@ leaves the two part on purpose: the reference forgets temperature there.
 import pytest
 import torch
 
+from tests.common.accepted_paths import accept_trees
 from tests.common.distribution import chi_square, upper_tail, warp
-from vllm_msd.tree import DraftTree, accept
+from vllm_msd.tree import DraftTree
 
 RUNS = 200_000
 # The chance of each comparison to fail by accident, were the seed a new one.
@@ -31,7 +32,7 @@ def sampled():
             tree, tree_info = [], reference.info["tree"]
             for name in ("tokens", "parents"):
                 tree.append(torch.tensor([tree_info[name]]).expand(RUNS, -1))
-            cache[tag] = probs, accept(DraftTree.from_parents(*tree), drawn.contiguous())
+            cache[tag] = probs, accept_trees(DraftTree.from_parents(*tree), drawn.contiguous())
         return cache[tag]
 
     return sample

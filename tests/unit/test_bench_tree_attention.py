@@ -21,23 +21,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tree_attention.problem import MODELS, Model
 from tests.common.worker import INTERPRETER
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPT = BENCHMARKS / "bench_tree_attention.py"
+ROOT = Path(__file__).parents[2]
 SPLIT_K = ("xformers", "mslk")
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for part in ("problem", "rivals", "record"):
-        monkeypatch.delitem(sys.modules, f"tree_attention_{part}", raising=False)
-    monkeypatch.delitem(sys.modules, "bench_tree_attention", raising=False)
-    module = importlib.import_module("bench_tree_attention")
-    model = importlib.import_module("tree_attention_problem").Model
-    monkeypatch.setitem(module.MODELS, "small", model(heads=4, kv_heads=2, head_size=64, layers=2))
-    return module
+    monkeypatch.setitem(MODELS, "small", Model(heads=4, kv_heads=2, head_size=64, layers=2))
+    return importlib.import_module("benchmarks.tree_attention.__main__")
 
 
 def test_bytes_and_operations(bench):
@@ -133,9 +127,11 @@ def test_summary_and_criteria(bench):
 
 
 def run_script(*arguments, **env):
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [sys.executable, "-m", "benchmarks.tree_attention", *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_rehearsal(tmp_path):
@@ -171,8 +167,7 @@ def test_tree_attention_of_other_libraries(package):
     if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9):
         pytest.skip(f"the kernel of {package} uses block pointers, which Triton 3.9 removed")
     command = [sys.executable, "-m", "tests.common.rivals_on_cpu", package]
-    root = BENCHMARKS.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     errors = [float(line) for line in done.stdout.split()]
     assert len(errors) == 2 and 0.05 < max(errors) <= 2
@@ -182,7 +177,7 @@ def test_a_clone_that_is_not_installed(tmp_path):
     """As on a GPU machine with PyTorch and Triton only: no editable install to find the kernels."""
     code = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-        f"sys.path.insert(0, {str(BENCHMARKS)!r}); import kernels_path; "
+        f"sys.path.insert(0, {str(ROOT)!r}); import benchmarks.tree_attention; "
         "import vllm_msd.kernels as k; from vllm_msd.kernels import settle; print(k.__path__[0])"
     )
     command = [sys.executable, "-c", code]

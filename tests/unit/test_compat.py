@@ -17,7 +17,9 @@ import pytest
 from vllm_msd import compat
 
 ROOT = Path(__file__).parents[2]
-HOOK = ROOT / "vllm_msd_startup.pth"
+HOOK = ROOT / "vllm_msd_startup.py"
+FINDERS = {"KernelsFinder", "MendingFinder", "VllmDistributionFinder"}
+TORCH = "__version__ = '2.9.0'\ncuda: Optional[str] = {}\nhip: Optional[str] = {}\n"
 
 
 def _spec(name: str, file: Path, source: str):
@@ -33,10 +35,11 @@ def _run(spec):
 
 
 def test_install_is_idempotent():
-    compat.install()
-    compat.install()
+    for _ in range(2):
+        compat.install()
+        compat.pass_over_checkout()
     names = [type(finder).__name__ for finder in sys.meta_path]
-    assert names.count("MendingFinder") == names.count("VllmDistributionFinder") == 1
+    assert [names.count(name) for name in sorted(FINDERS)] == [1, 1, 1]
     assert names.index("MendingFinder") < names.index("type"), "before Python's own path finder"
     assert names[-1] == "VllmDistributionFinder"
 
@@ -44,6 +47,7 @@ def test_install_is_idempotent():
 def test_finders_have_nothing_to_say_about_other_modules():
     assert compat.MendingFinder().find_spec("json") is None
     assert compat.MendingFinder().find_spec("torchvision.ops") is None
+    assert compat.KernelsFinder().find_spec("json") is None
     assert compat.VllmDistributionFinder().find_spec("vllm") is None
 
 
@@ -122,7 +126,7 @@ def test_kernels_folder_of_a_checkout_is_passed_over(tmp_path, monkeypatch):
         (checkout / name).mkdir(parents=True)
         (checkout / name / "__init__.py").touch()
     (checkout / "pyproject.toml").touch()
-    finder = compat.MendingFinder()
+    finder = compat.KernelsFinder()
     monkeypatch.setattr(sys, "path", [str(checkout)])
     spec = finder.find_spec("kernels")
     assert spec.loader is None and not list(spec.submodule_search_locations)
@@ -170,19 +174,60 @@ def test_a_real_vllm_goes_first(tmp_path, monkeypatch):
     assert importlib.metadata.version("vllm") == "9.9.9"
 
 
-def test_start_up_hook_is_a_line_that_site_runs_and_is_light():
-    (line,) = HOOK.read_text().splitlines()
-    assert line.startswith("import "), "site executes no other lines"
-    program = "import sys; print('vllm_msd.compat' in sys.modules, 'torch' in sys.modules)"
+def run_hook(folder: Path, prelude: str = "", from_checkout: bool = False):
+    """The hook in a bare interpreter whose path is ``folder`` and Python's own library.
+
+    Returns:
+        the process, which prints the names of our finders that it has then.
+    """
+    hook = f"exec({HOOK.read_text()!r}, {{'from_checkout': {from_checkout}}})"
+    shown = "print(*(type(f).__name__ for f in sys.meta_path if 'compat' in type(f).__module__))"
+    program = f"import sys; sys.path.append({str(folder)!r}); {prelude}\n{hook}\n{shown}"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program],
+        cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "from_checkout", "expected"),
+    [
+        (TORCH.format("'13.0'", "None"), False, set()),
+        (TORCH.format("None", "'6.4'"), False, set()),
+        (TORCH.format("'13.0'", "None"), True, {"KernelsFinder"}),
+        (TORCH.format("None", "None"), False, FINDERS - {"KernelsFinder"}),
+        (TORCH.format("None", "None"), True, FINDERS),
+        (None, False, FINDERS - {"KernelsFinder"}),  # torch may come onto the path later
+    ],
+    ids=["CUDA", "ROCm", "CUDA checkout", "CPU", "CPU checkout", "no torch"],
+)
+def test_start_up_hook_mends_only_what_needs_it(tmp_path, torch_version, from_checkout, expected):
+    shutil.copytree(ROOT / "vllm_msd", tmp_path / "vllm_msd", ignore=lambda folder, names: {"demo"})
+    if torch_version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(torch_version)
+    done = run_hook(tmp_path, from_checkout=from_checkout)
+    assert (set(done.stdout.split()), done.stderr) == (expected, "")
+
+
+def test_start_up_hook_sees_that_it_starts_in_a_checkout(tmp_path):
+    (tmp_path / "kernels" / "tree_attention").mkdir(parents=True)
+    (tmp_path / "vllm_msd").mkdir()
+    shutil.copy(compat.__file__, tmp_path / "vllm_msd")
+    assert "KernelsFinder" in run_hook(tmp_path).stdout
+
+
+def test_start_up_hook_is_installed_and_light():
+    files = [path.name for path in importlib.metadata.files("vllm-msd")]
+    assert "vllm_msd_startup.pth" in files, "is the package installed?"
+    program = "import sys; print('torch' in sys.modules)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"], "is the package installed?"
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 
-def test_start_up_hook_that_fails_says_so_and_lets_python_start():
-    broken = "import sys; sys.modules['vllm_msd'] = None\n"
-    command = [sys.executable, "-c", broken + HOOK.read_text() + "print('alive')"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "alive"
+def test_start_up_hook_that_fails_says_so_and_lets_python_start(tmp_path):
+    done = run_hook(tmp_path, prelude="sys.modules['vllm_msd'] = None")
+    assert done.stdout.strip() == ""
     assert done.stderr.startswith("vllm-msd: start-up hook skipped (ModuleNotFoundError")
     assert len(done.stderr.splitlines()) == 1

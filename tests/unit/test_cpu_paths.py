@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from tests.common.tree_batches import random_tree
-from vllm_msd.tree import tree_relations
+from vllm_msd.tree import TreeRows, tree_relations
 from vllm_msd.vllm_plugin.cpu.paths import PathPlan, plan_paths
-from vllm_msd.vllm_plugin.trees.rows import TreeRows
 
 BLOCK = 4
 SCRATCH = 1000  # where scratch blocks are numbered from in the simulated cache

@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import pytest
+
+from demo_factory.build import DRAFT_SETTINGS
+from demo_factory.train_target import TargetTrainer, TargetTraining
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.cli.main import main
-from vllm_msd.demo.build import DRAFT_SETTINGS
 from vllm_msd.demo.paths import PAIR, demo_pair
-from vllm_msd.demo.train_target import TargetTrainer, TargetTraining
 
 
 def test_a_finished_training_of_the_target_stays_as_it_is(tmp_path, capsys):
@@ -21,6 +23,7 @@ def test_a_finished_training_of_the_target_stays_as_it_is(tmp_path, capsys):
     assert saved and all(path.read_bytes() == content for path, content in saved.items())
 
 
+@pytest.mark.long
 def test_a_build_goes_on_from_its_target(tmp_path, capsys):
     shutil.copytree(demo_pair().target, tmp_path / "work" / "target" / "model")
     settings = tmp_path / "draft.yaml"

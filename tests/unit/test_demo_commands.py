@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vllm_msd.cli.main import main
+from vllm_msd.demo import paths
 from vllm_msd.demo.paths import cache_dir
 
 
@@ -41,3 +42,19 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "vllm-msd"
     monkeypatch.setenv("MSD_CACHE_DIR", str(tmp_path / "mine"))
     assert cache_dir() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("command", ["data", "build"])
+def test_the_factory_is_in_a_checkout_only(command, capsys, monkeypatch, tmp_path):
+    installed = tmp_path / "site-packages" / "vllm_msd" / "demo" / "paths.py"
+    monkeypatch.setattr(paths, "__file__", str(installed))
+    assert main(["demo", command, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkout" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_prompts_than_samples(capsys, monkeypatch):
+    monkeypatch.setattr("vllm_msd.measure.engine.restart_tuned", lambda: None)
+    assert main(["demo", "run", "--num-prompts", "1000"]) == 2
+    assert "expected at most the 105" in capsys.readouterr().err

@@ -7,12 +7,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from demo_factory.data import encode, pixels
+from demo_factory.evaluate import acceptance, replies_by_kind
+from demo_factory.target_model import VISUAL_TOKENS
+from demo_factory.world import IMAGE_KINDS, sample
 from vllm_msd.checkpoint import check_draft_fits_target, load_draft
-from vllm_msd.demo.data import encode, pixels
-from vllm_msd.demo.evaluate import acceptance, replies_by_kind
 from vllm_msd.demo.paths import PAIR, demo_pair
-from vllm_msd.demo.target_model import VISUAL_TOKENS
-from vllm_msd.demo.world import IMAGE_KINDS, sample
 from vllm_msd.draft import MSDDraft
 from vllm_msd.training.acceptance import summary
 from vllm_msd.training.targets import Target
@@ -80,6 +80,7 @@ def test_chat_template_gives_the_ids_of_training(kind, processor):
         assert processor.apply_chat_template(plain) == text.replace("<image>\n", "")
 
 
+@pytest.mark.long
 def test_draft_fits_and_another_image_does_not_help_it(target):
     config, state = load_draft(demo_pair().draft)
     check_draft_fits_target(config, target.config)

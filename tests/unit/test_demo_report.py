@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vllm_msd.demo import compare
-from vllm_msd.demo.compare import PLAIN, Comparison
-from vllm_msd.demo.engine import Answer, Drafting, VerifiedTree
-from vllm_msd.demo.report import render
-from vllm_msd.demo.tree_picture import tells, tree_svg
-from vllm_msd.demo.world import Sample, sample
+from vllm_msd.demo.report.page import render
+from vllm_msd.demo.report.tree_picture import tells, tree_svg
+from vllm_msd.demo.samples import HeldOutSample, held_out_samples
+from vllm_msd.measure import compare
+from vllm_msd.measure.compare import PLAIN, Comparison
+from vllm_msd.measure.engine import Answer, Drafting, VerifiedTree
 
 PROVENANCE = {
     "date": "2030-01-02 03:04 UTC",
@@ -41,7 +41,7 @@ def _answer(pieces: list[str], accepted: list[bool], drafts: int = 2, seconds: f
     )
 
 
-def _comparison(one: Sample, chain: Answer, plain: Answer | None = None) -> Comparison:
+def _comparison(one: HeldOutSample, chain: Answer, plain: Answer | None = None) -> Comparison:
     tree = replace(chain, trees=[TREE])
     fast, slow = (10, 0.5), (10, 1.0)
     timings = [
@@ -53,7 +53,8 @@ def _comparison(one: Sample, chain: Answer, plain: Answer | None = None) -> Comp
 
 @pytest.fixture
 def comparisons() -> list[Comparison]:
-    nasty = Sample(
+    shown, *_, text = held_out_samples(7)
+    nasty = HeldOutSample(
         [Image.new("RGB", (4, 4), "red")],
         [
             {
@@ -63,15 +64,15 @@ def comparisons() -> list[Comparison]:
                     {"type": "text", "text": "1 < 2 & <script>x</script>"},
                 ],
             },
-            {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
         ],
         "vqa",
-        sample("vqa", 0, "test").answer_key,
+        "yes",
+        shown.answer_key,
     )
     first = _answer([" A", " <b>", " bold", " end"], [False, True, True, False])
     second = _answer([" red", " one"], [False, False])
     other = _answer([" blue", " one"], [False, False])
-    return [_comparison(nasty, first), _comparison(sample("text", 0, "test"), second, other)]
+    return [_comparison(nasty, first), _comparison(text, second, other)]
 
 
 def test_figures(comparisons):

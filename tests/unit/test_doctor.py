@@ -105,3 +105,31 @@ def test_missing_compiler_and_headers(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     (finding,) = doctor._compiler()
     assert finding == Finding("machine", "C++ compiler", "g++")
+
+
+def test_patches_that_do_not_fit_are_told_as_the_engine_would(monkeypatch):
+    from vllm_msd.vllm_plugin import plugin
+    from vllm_msd.vllm_plugin.patches import patching, standby
+
+    monkeypatch.setattr(doctor, "_vllm_found", lambda: True)
+    monkeypatch.setattr(plugin, "register", lambda: None)
+    monkeypatch.setattr(standby, "_reason", patching.PatchError("supports vLLM 0.32-0.33"))
+    (finding,) = doctor._patches()
+    assert "MSD is off" in finding.value and finding.fix == "supports vLLM 0.32-0.33"
+
+
+def _rows_of_a_tree(monkeypatch, *gpus):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index])
+    return [finding.value for finding in doctor._tree_rows()]
+
+
+def test_rows_of_a_tree_by_device(monkeypatch):
+    (cpu,) = _rows_of_a_tree(monkeypatch)
+    assert "draft a chain" in cpu and "bench_trees" in cpu
+    known, unknown = _rows_of_a_tree(monkeypatch, "NVIDIA H200", "NVIDIA H200", "Tesla T4")
+    assert "under about 160 (arithmetic, not measured)" in known
+    assert "unknown on Tesla T4" in unknown

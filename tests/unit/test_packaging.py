@@ -16,6 +16,7 @@ from vllm_msd.cli import main as cli
 from vllm_msd.errors import MSDError
 
 ROOT = Path(__file__).parents[2]
+LIMIT_BYTES = 1_000_000
 HEAVY = {"torch", "transformers", "vllm", "numpy", "PIL"}
 
 
@@ -23,7 +24,7 @@ HEAVY = {"torch", "transformers", "vllm", "numpy", "PIL"}
 def source(tmp_path_factory):
     """A copy of what a build reads: building leaves traces in the source folder."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_msd_startup.pth"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_msd_startup.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("vllm_msd", "kernels"):
         ignore = shutil.ignore_patterns("__pycache__", "*.safetensors")
@@ -48,7 +49,11 @@ def wheel(request, source, tmp_path_factory):
 def test_start_up_hook_lies_at_the_top_of_both_wheels(wheel):
     hook = "vllm_msd_startup.pth"
     content = wheel.read(hook)
-    assert content == (ROOT / hook).read_bytes()
+    (line,) = content.decode().splitlines()
+    assert line.startswith("import "), "site executes no other lines"
+    editable = "editable" in Path(wheel.filename).name
+    assert f"'from_checkout': {editable}}}" in line and "torch/version.py" in line
+    compile(line, hook, "exec")
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
     (record,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD"))
     lines = wheel.read(record).decode().splitlines()
@@ -65,15 +70,27 @@ def test_wheel_holds_every_package_and_the_demo_pair(wheel):
             inside = f"vllm_msd/{inside}" if package == "kernels" else inside
             assert inside in names, "does its folder have an __init__.py?"
     assert "vllm_msd/demo/pair/target/model.safetensors" in names
-    assert "vllm_msd/demo/draft.yaml" in names
-    assert not any(name.startswith(("kernels/", "tests/")) for name in names)
+    assert "vllm_msd/demo/report/template.html" in names
+    samples = (ROOT / "vllm_msd/demo/pair/samples").iterdir()
+    assert {path.relative_to(ROOT).as_posix() for path in samples} <= names
+    inside = {name.split("/")[0].split("-")[0] for name in names}
+    assert inside == {"vllm_msd", "vllm_msd_startup.pth"}, "neither tests nor the demo's factory"
+
+
+@pytest.mark.parametrize("wheel", ["build_wheel"], indirect=True)
+def test_wheel_is_small_without_the_weights(wheel):
+    weights = [one for one in wheel.infolist() if one.filename.endswith("model.safetensors")]
+    size = Path(wheel.filename).stat().st_size - sum(one.compress_size for one in weights)
+    assert size < LIMIT_BYTES
 
 
 def test_installed_package_announces_plugin_and_extras():
     points = importlib.metadata.entry_points(group="vllm.general_plugins", name="msd")
     assert {point.value for point in points} == {"vllm_msd.vllm_plugin.plugin:register"}
     metadata = importlib.metadata.metadata("vllm-msd")
-    assert {"gpu", "cpu", "bench", "train", "test"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"gpu", "cpu", "bench", "train", "completion", "test"} <= set(
+        metadata.get_all("Provides-Extra")
+    )
     assert metadata["Version"] == vllm_msd.__version__
 
 
@@ -99,6 +116,32 @@ def test_help_names_every_command(capsys):
     shown = capsys.readouterr().out
     for command in ("doctor", "convert", "inspect", "demo"):
         assert f"\n    {command} " in shown
+
+
+def test_version_names_what_is_installed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    told = dict(part.split() for part in capsys.readouterr().out.strip().split(", "))
+    assert told["vllm-msd"] == vllm_msd.__version__
+    assert told["torch"] == importlib.metadata.version("torch") and "vllm" in told
+
+
+def test_bash_completes_commands(capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out + (
+        "COMP_WORDS=(vllm-msd doc); COMP_CWORD=1\n"
+        "$(complete -p vllm-msd | sed 's/.*-F \\([^ ]*\\) .*/\\1/') vllm-msd doc vllm-msd\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(["bash"], input=script, capture_output=True, text=True)
+    assert done.stdout.strip() == "doctor", done.stderr
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "zsh"]) == 2
+    assert "vllm-msd[completion]" in capsys.readouterr().err
 
 
 @pytest.fixture

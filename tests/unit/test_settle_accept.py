@@ -5,7 +5,7 @@ behind the path touched, a block boundary inside the tree, strides of another la
 than a row is aligned to, a layer's distance to the first. So the whole backing buffer is compared
 byte by byte with a copy in which the rows were moved one at a time from a snapshot. In the walk:
 ragged rows, equal tokens that are no siblings, drafts marked as never acceptable, ends at a leaf,
-the 64th node. There the oracle is ``vllm_msd.tree.accept``, which works on whole tensors.
+the 64th node. There the oracle walks down every tree in plain loops.
 
 The interpreter must be on before Triton is imported, so this file runs itself a second time in a
 process of its own, where the same calls take the kernels.
@@ -25,11 +25,10 @@ from tests.common.accepted_paths import (
     moved_one_by_one,
     random_forest,
     random_path,
+    walked_one_by_one,
 )
 from tests.common.launches import NoOperation
 from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
-from vllm_msd.tree import DraftTree
-from vllm_msd.tree import accept as accept_by_tensors
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -153,14 +152,12 @@ def test_settle_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 5, 9, 33, 63, 64])
-def test_accept_equals_the_definition_on_whole_tensors(nodes):
+def test_accept_equals_walking_down_one_by_one(nodes):
     generator = torch.Generator().manual_seed(nodes)
     sizes = torch.randint(1, nodes + 1, (24,), generator=generator).tolist()
     sizes[0] = nodes
     tokens, parents, drawn, counts = random_forest(sizes, nodes, seed=nodes)
-    expected = accept_by_tensors(
-        DraftTree.from_parents(tokens, parents, check=False), drawn, counts
-    )
+    expected = walked_one_by_one(tokens, parents, drawn, counts)
     real = torch.arange(nodes) < counts[:, None]
     starts = torch.tensor([0, *counts.cumsum(0)], dtype=torch.int32)
     parents[~real] = 77  # behind a request's rows stands anything

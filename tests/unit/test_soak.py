@@ -1,11 +1,9 @@
-"""The long runs' thresholds: what `benchmarks/soak.py` calls a failure."""
-
-import json
+"""The long runs' thresholds: what `tests/long/soak.py` calls a failure."""
 
 import pytest
 
-from benchmarks.soak import PARTS, REPOSITORY, failures
 from tests.common.soak import growth
+from tests.long.soak import failures
 
 RUN = {
     "mismatches": [],
@@ -56,11 +54,3 @@ def test_draws_fail_by_their_smallest_p(rule, p, count):
 
 def test_growth_compares_the_last_quarter_with_the_second():
     assert growth([0, 900, 100, 101, 150, 150, 103, 104]) == 3.0
-
-
-def test_committed_results_are_complete_and_hold():
-    result = json.loads((REPOSITORY / "benchmarks/results/soak.json").read_text())
-    assert set(result) == set(PARTS)
-    for part, report in result.items():
-        assert not report["provenance"]["settings"]["quick"]
-        assert failures(part, report) == report["failures"] == []

@@ -14,6 +14,7 @@ import torch
 
 from tests.common import tiny
 from tests.common.conversations import write_conversations
+from tests.common.worker import HANGS
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.training import TrainSettings
@@ -89,6 +90,7 @@ def test_split_of_the_work_changes_no_loss(setting, changes):
     assert setting("-".join(changes), **changes) == pytest.approx(setting.expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_killed_run_resumes_with_the_same_losses(setting):
     """`vllm-msd train` killed at a random step, in the middle of what it does there."""
     folder, steps = setting.folder, 40
@@ -144,7 +146,7 @@ def test_two_processes_have_the_losses_of_one(setting):
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(folder / "two") == pytest.approx(setting.expected, rel=1e-4)

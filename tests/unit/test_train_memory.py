@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.common.worker import HANGS
+
 ROWS, HIDDEN, VOCAB = 2048, 64, 152_064  # Qwen2-VL's vocabulary
 MATRIX = 4 * ROWS * VOCAB  # bytes of one sequence's logits in float32: 1.2 GB
 
@@ -57,7 +59,7 @@ print(json.dumps(memory("VmHWM") - before))
 @pytest.mark.parametrize("part", ["training", "evaluation"])
 def test_no_sequence_by_vocabulary_matrix_is_held(part):
     command = [sys.executable, "-c", _PROGRAM, part, *map(str, (ROWS, HIDDEN, VOCAB))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     grown = json.loads(done.stdout)
     assert 0 < grown < MATRIX / 2, f"{grown / MATRIX:.2f} of the matrix"

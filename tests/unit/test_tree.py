@@ -5,19 +5,18 @@ import random
 import pytest
 import torch
 
+from tests.common.accepted_paths import accept_trees, next_roots
 from tests.common.drafts import LAYOUTS, small_draft
+from tests.common.tree_tensors import retrieve_indices, tree_mask
 from vllm_msd.draft import DraftCache
 from vllm_msd.errors import ConfigError
 from vllm_msd.tree import (
     DraftTree,
     TreeConfig,
     TreeShape,
-    accept,
     draft_tree,
     grow_tree,
-    retrieve_indices,
-    settle_index,
-    tree_mask,
+    path_index,
 )
 
 SHAPE = TreeShape(total_tokens=12, depth=3, top_k=3)
@@ -137,9 +136,9 @@ def test_acceptance_of_a_mixed_batch():
     parents = torch.tensor([[-1, 0, 0, 1, 3]]).expand(4, 5)
     tokens = torch.tensor([[7, 1, 2, 3, 4]]).expand(4, 5)
     target = torch.tensor([[9, 3, 0, 4, 5], [2, 3, 6, 4, 5], [1, 3, 6, 4, 5], [1, 8, 6, 4, 5]])
-    result = accept(DraftTree.from_parents(tokens, parents), target)
+    result = accept_trees(DraftTree.from_parents(tokens, parents), target)
     assert result.lengths.tolist() == [0, 1, 3, 1]
-    assert result.next_tokens.tolist() == [9, 6, 5, 8]
+    assert next_roots(result).tolist() == [9, 6, 5, 8]
     assert result.nodes.tolist() == [
         [0, -1, -1, -1, -1], [0, 2, -1, -1, -1], [0, 1, 3, 4, -1], [0, 1, -1, -1, -1],
     ]  # fmt: skip
@@ -153,14 +152,14 @@ def test_padding_nodes_are_never_accepted():
     parents = torch.tensor([[-1, 0, 1, 2]])
     tree = DraftTree.from_parents(torch.tensor([[7, 1, 2, 3]]), parents)
     drawn = torch.tensor([[1, 2, 3, 4]])
-    assert accept(tree, drawn).lengths.tolist() == [3]
-    cut = accept(tree, drawn, num_nodes=torch.tensor([2]))
+    assert accept_trees(tree, drawn).lengths.tolist() == [3]
+    cut = accept_trees(tree, drawn, torch.tensor([2]))
     assert cut.lengths.tolist() == [1]
     assert cut.tokens.tolist() == [[1, 2, -1, -1]]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_settling_is_a_compaction(seed):
+def test_gathering_along_the_path_is_a_compaction(seed):
     """Against a plain loop over requests; rows that belong to no tree stay where they are."""
     rng = random.Random(seed)
     rows, roots, paths = list(range(60)), [4, 20, 33], []
@@ -170,7 +169,7 @@ def test_settling_is_a_compaction(seed):
         paths.append(path + [-1] * (12 - len(path)))
         for i, node in enumerate(path):
             expected[root + i] = rows[root + node]
-    index = settle_index(torch.tensor(roots), torch.tensor(paths), len(rows))
+    index = path_index(torch.tensor(roots), torch.tensor(paths), len(rows))
     assert torch.tensor(rows)[index].tolist() == expected
 
 
@@ -204,7 +203,7 @@ def test_possible_sizes():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_acceptance_equals_a_walk_down(seed):
-    """The record's vectorised acceptance against following the target token by token."""
+    """Acceptance of all requests at once against following the target token by token."""
     tree = random_tree(seed)
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     torch.manual_seed(100 + seed)
@@ -217,7 +216,7 @@ def test_acceptance_equals_a_walk_down(seed):
         path = [0]
         while step := [n for n in children[path[-1]] if tokens[n] == target[path[-1]]]:
             path += step
-        result = accept(tree, torch.tensor([target]))
+        result = accept_trees(tree, torch.tensor([target]))
         assert result.lengths.tolist() == [len(path) - 1]
         assert result.nodes[0, : len(path)].tolist() == path
-        assert result.next_tokens.tolist() == [target[path[-1]]]
+        assert next_roots(result).tolist() == [target[path[-1]]]

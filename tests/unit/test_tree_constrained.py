@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from vllm_msd.tree import chain_parents
-from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains, needs_chain
+from vllm_msd.tree import DraftTree, chain_parents, lay_out_chains
+from vllm_msd.vllm_plugin.trees.constrained import needs_chain
 
 #        0
 #      / | \
@@ -22,11 +22,14 @@ BEST_FIRST = [0, 1, 5, 7, 2, 3, 4, 6]
 def test_best_path_comes_first_and_only_where_asked():
     tokens = torch.arange(10, 18).expand(2, 8)
     parents = PARENTS.expand(2, 8)
-    got_tokens, got_parents = lay_out_chains(tokens, parents, torch.tensor([True, False]))
-    assert got_tokens[0].tolist() == [10 + node for node in BEST_FIRST]
-    assert torch.equal(got_parents[0], chain_parents(1, 8)[0])
-    assert torch.equal(got_tokens[1], tokens[1])
-    assert torch.equal(got_parents[1], parents[1])
+    tree = DraftTree.from_parents(tokens, parents)
+    got = lay_out_chains(tree, torch.tensor([True, False]))
+    assert got.tokens[0].tolist() == [10 + node for node in BEST_FIRST]
+    assert torch.equal(got.parents[0], chain_parents(1, 8)[0])
+    assert torch.equal(got.depths[0], torch.arange(8))
+    assert torch.equal(got.tokens[1], tokens[1])
+    assert torch.equal(got.parents[1], parents[1])
+    assert torch.equal(got.ancestors[1], tree.ancestors[1])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -38,15 +41,15 @@ def test_random_trees(seed):
     while children := [n for n in range(nodes) if parents[n] == best[-1]]:
         best.append(children[0])
     rest = [n for n in range(nodes) if n not in best]
-    got, _ = lay_out_chains(torch.arange(nodes)[None], parents[None], torch.tensor([True]))
-    assert got[0].tolist() == best + rest
+    tree = DraftTree.from_parents(torch.arange(nodes)[None], parents[None])
+    assert lay_out_chains(tree, torch.tensor([True])).tokens[0].tolist() == best + rest
 
 
 def test_a_chain_stays_as_it_is():
-    tokens = torch.arange(64)[None]
-    got_tokens, got_parents = lay_out_chains(tokens, chain_parents(1, 64), torch.tensor([True]))
-    assert torch.equal(got_tokens, tokens)
-    assert torch.equal(got_parents, chain_parents(1, 64))
+    tree = DraftTree.from_parents(torch.arange(64)[None], chain_parents(1, 64))
+    got = lay_out_chains(tree, torch.tensor([True]))
+    assert torch.equal(got.tokens, tree.tokens)
+    assert torch.equal(got.parents, tree.parents)
 
 
 FREE = {

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vllm_msd.checkpoint import load_draft, save_draft
-from vllm_msd.demo import paths, widen
-from vllm_msd.demo.widen import Shape
+from vllm_msd.demo import paths
 from vllm_msd.draft import MSDDraft, MSDDraftConfig, TargetInfo
 from vllm_msd.errors import ConfigError
+from vllm_msd.measure import widen
+from vllm_msd.measure.inputs import Pair
+from vllm_msd.measure.widen import Shape
 
 IMAGE_TOKEN, VISUAL_TOKENS = 3, 4
 BASE = Shape(32, 48, 2, 4, 2, 8)
@@ -33,7 +35,7 @@ def _randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> paths.DemoPaths:
+def pair(tmp_path_factory) -> Pair:
     """A small random pair with grouped key-value heads."""
     folder = tmp_path_factory.mktemp("pair")
     config = LlavaConfig(
@@ -69,13 +71,13 @@ def pair(tmp_path_factory) -> paths.DemoPaths:
     draft = MSDDraft(draft_config)
     _randomise(draft, 1)
     save_draft(folder / "draft", draft_config, draft.state_dict(), info)
-    return paths.DemoPaths(folder / "target", folder / "draft")
+    return Pair(folder / "target", folder / "draft")
 
 
 @pytest.fixture(scope="module")
-def wide(pair, tmp_path_factory) -> paths.DemoPaths:
+def wide(pair, tmp_path_factory) -> Pair:
     folder = tmp_path_factory.mktemp("wide")
-    made = paths.DemoPaths(folder / "target", folder / "draft")
+    made = Pair(folder / "target", folder / "draft")
     widen.widen_target(pair.target, made.target, WIDE, torch.float32, seed=0)
     widen.widen_draft(pair.draft, made.draft, WIDE, torch.float32, seed=1)
     return made

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from demo_factory.evaluate import random_guess
+from demo_factory.world import KINDS, packed, sample
+from demo_factory.world.base import IMAGE_SIZE, draw_content, split_of
+from demo_factory.world.charts import make_chart
+from demo_factory.world.scene import make_scene
+from demo_factory.world.signs import make_street
 from vllm_msd.demo.paths import PAIR
-from vllm_msd.demo.world import KINDS, packed, random_guess, sample, score
-from vllm_msd.demo.world.base import IMAGE_SIZE, draw_content, split_of
-from vllm_msd.demo.world.charts import make_chart
-from vllm_msd.demo.world.scene import make_scene
-from vllm_msd.demo.world.scoring import score_key
-from vllm_msd.demo.world.signs import make_street
+from vllm_msd.demo.scoring import score, score_key
 
 SEEDS = range(40)
 

@@ -1,4 +1,4 @@
-"""One server under MSD for all tests that need one."""
+"""What several files share: one server under MSD, the tiny pairs, the registered plugin."""
 
 import os
 
@@ -26,3 +26,25 @@ def msd_server(tmp_path_factory):
     server = start_server(tmp_path_factory.mktemp("server"), FRESH_ENVIRONMENT, ALL_CORES)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def registered():
+    """The plugin in this process, as vLLM loads it into its own."""
+    from vllm_msd.vllm_plugin import plugin
+
+    plugin.register()
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A tiny pair of each kind of target."""
+    from tests.common import tiny
+
+    root = tmp_path_factory.mktemp("pairs")
+    return {kind: tiny.build_pair(root / kind, kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="session")
+def pair(pairs):
+    return pairs["llava"]

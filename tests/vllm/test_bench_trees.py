@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
-from benchmarks import readme
+from benchmarks.pages import decoding
 from tests.common.server import REPOSITORY
 
 TREE = "tree of 4 nodes, depth 3, top-k 2"
+
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,12 @@ def test_products_are_those_of_the_passes(report):
     # One pass over five rows and three over two, as the tree of the run has them.
     assert products["milliseconds_per_verification"][TREE] == target["5"] + 3 * draft["2"]
     assert products["milliseconds_per_verification"]["no speculation"] == target["1"]
-    # The target has 24 layers, the draft one and a layer that joins embedding and hidden state.
-    assert target["24"] > 3 * draft["24"] and target["24"] > target["6"]
+    # Four matrices a layer and a head; the draft has one more, which joins embedding and hidden
+    # state. No time is compared with another: the machine may be busy during either.
+    assert products["matrices"] == {"target": 4 * 24 + 1, "draft": 4 + 1 + 1}
+    counts = sorted({1, 2, 4, 6, 8, 12, 16, 24} | {3, 5})
+    for times in (target, draft):
+        assert sorted(map(int, times)) == counts and min(times.values()) > 0
 
 
 def test_parts_of_a_step_add_up(report):
@@ -52,5 +58,5 @@ def test_parts_of_a_step_add_up(report):
 
 
 def test_section_of_the_readme(report):
-    text = readme.trees("trees.json", report)
+    text = decoding.trees("trees.json", report)
     assert f"| {TREE} | " in text and "tokens/s at most" in text and "| whole step | " in text

@@ -5,12 +5,12 @@ of a report only read it. LLaVA runs every case. The Qwen targets run what M-RoP
 other families, ``test_trained_drafts`` has the cases under Model Runner V1.
 """
 
-from functools import cache
-
 import pytest
 
 from tests.common import tiny
 from tests.common.chain_identity import CASES
+from tests.common.long import long_but
+from tests.common.pair_reports import pair_reports
 from tests.common.worker import run_worker
 
 # Drafting always from the first token on, so that no case can pass by not speculating.
@@ -24,6 +24,7 @@ RUNS = {
     ("qwen2_5_vl", "v2"): M_ROPE_CASES[1:2],
     ("qwen3_vl", "v2"): M_ROPE_CASES[1:2],
 }
+SHORT = {("llava", "v1")}
 # Greedy choices of these follow no free walk, so a draft need not be right (or wrong) in them.
 CONSTRAINED = {"structured_output", "penalties"}
 
@@ -31,30 +32,18 @@ CONSTRAINED = {"structured_output", "penalties"}
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) when it is first asked for."""
-    folder = tmp_path_factory.mktemp("pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind)
+    def arguments(kind, runner, pair):
+        # The published layout for one of them: it is read without conversion.
+        draft = pair.published if kind == "qwen2_5_vl" else pair.draft
+        return {"draft": draft, "cases": RUNS[kind, runner]}
 
-    @cache
-    def report(kind, runner):
-        pair = pair_of(kind)
-        return run_worker(
-            "chain",
-            runner,
-            kind=kind,
-            target=pair.target,
-            # The published layout for one of them: it is read without conversion.
-            draft=pair.published if kind == "qwen2_5_vl" else pair.draft,
-            cases=RUNS[kind, runner],
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("pairs"), "chain", arguments)
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "case"), [(*run, case) for run, cases in RUNS.items() for case in cases]
+    ("kind", "runner", "case"),
+    long_but(SHORT, [(*run, case) for run, cases in RUNS.items() for case in cases]),
 )
 def test_same_tokens(reports, kind, runner, case):
     result = reports(kind, runner)["cases"][case]
@@ -65,6 +54,7 @@ def test_same_tokens(reports, kind, runner, case):
         assert result["rejected"] > 0
 
 
+@pytest.mark.long
 def test_two_tensor_parallel_ranks(reports, tmp_path):
     """Two ranks on this CPU against one without speculation; drafts are accepted as on one."""
     pair = tiny.build_pair(tmp_path / "pair", "llava")
@@ -83,7 +73,7 @@ def test_two_tensor_parallel_ranks(reports, tmp_path):
     assert (two["accepted"], two["rejected"]) == (one["accepted"], one["rejected"])
 
 
-@pytest.mark.parametrize(("kind", "runner"), RUNS)
+@pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
 def test_cases_saw_what_they_are_for(reports, kind, runner):
     """A preemption case without preemption, say, would prove nothing."""
     report = reports(kind, runner)
@@ -105,6 +95,7 @@ def test_cases_saw_what_they_are_for(reports, kind, runner):
     assert total["rejected"] > 5
 
 
+@pytest.mark.long
 def test_both_runners_accept_alike(reports):
     """The runners feed the draft the same rows, so they draft and accept the same tokens."""
     v1, v2 = (reports("llava", runner)["cases"]["mixed_batch"] for runner in ("v1", "v2"))

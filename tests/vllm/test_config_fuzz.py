@@ -1,6 +1,6 @@
 """Whatever is in a speculative config, it is served or refused with a sentence (`hypothesis`).
 
-No engine is started. The long form is ``tests/long/test_fuzz.py``.
+No engine is started. The long form is ``tests/long/test_serving.py``.
 """
 
 from collections import Counter

@@ -19,9 +19,9 @@ from tests.common.tree_batches import (
     star,
 )
 from vllm_msd.kernels import tree_attention
+from vllm_msd.tree import TreeRows
 from vllm_msd.vllm_plugin.cpu import attention as cpu_attention
 from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
-from vllm_msd.vllm_plugin.trees.rows import TreeRows
 
 LAYERS = ("layer.0", "layer.1")
 RNG = torch.Generator().manual_seed(3)
@@ -241,7 +241,7 @@ def test_draft_levels_are_tree_attention(dtype):
     tree = None
     for level in range(levels):
         bits = torch.cat([m[level] for m in masks])
-        tree = TreeRows(tree_start, bits, True) if tree is None else tree.next_level(bits)
+        tree = TreeRows(tree_start, bits, True, older=tree)
         begins = [c + level * k for c in contexts]
         seq_lens = torch.tensor(begins, dtype=torch.int32) + k
         rows = [
@@ -284,7 +284,7 @@ def test_settled_paths_are_chains(block_size):
     roots = step.query_start[:-1].long()
     roots[0] += 40 - len(parents[0])
     roots[2] += 4
-    settle_cpu(step.tree, nodes, roots)
+    settle_cpu(step.tree, roots, nodes)
 
     lengths = (nodes >= 0).sum(1)
     seq_lens = step.tree.tree_start.clone()
@@ -313,7 +313,7 @@ def test_settling_a_node_of_no_tree_is_refused():
     step = Step([Request(10, queries=3)])
     step.run(LAYERS[0])
     with pytest.raises(ValueError, match="settle"):
-        settle_cpu(step.tree, torch.tensor([[0, 2]]), torch.tensor([0]))
+        settle_cpu(step.tree, torch.tensor([0]), torch.tensor([[0, 2]]))
 
 
 def path_to(parents: list[int], node: int) -> list[int]:

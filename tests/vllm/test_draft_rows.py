@@ -4,12 +4,10 @@ fp32 throughout. The target's side goes through Hugging Face's own implementatio
 are those of two fp32 implementations of a few layers; a wrong row is off by 0.1 and more.
 """
 
-from functools import cache
-
 import pytest
 
-from tests.common import tiny
-from tests.common.worker import run_worker
+from tests.common.long import long_but
+from tests.common.pair_reports import pair_reports
 
 TOLERANCE = 2e-3
 RUNS = {
@@ -22,28 +20,20 @@ RUNS = {
     ("llava", "v2"): [],
     ("qwen2_vl", "v2"): [],
 }
+SHORT = {("qwen2_vl", "v1")}
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) with its faults when it is first asked for."""
-    folder = tmp_path_factory.mktemp("pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind)
+    def faults(kind, runner, pair):
+        return {"faults": RUNS[kind, runner]}
 
-    @cache
-    def report(kind, runner):
-        pair, faults = pair_of(kind), RUNS[kind, runner]
-        return run_worker(
-            "draft_rows", runner, kind=kind, target=pair.target, draft=pair.draft, faults=faults
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("pairs"), "draft_rows", faults)
 
 
-@pytest.mark.parametrize(("kind", "runner"), RUNS)
+@pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
 def test_rows_and_chains_agree(reports, kind, runner):
     report = reports(kind, runner)
     assert report["missing"] == 0, report
@@ -57,7 +47,8 @@ def test_rows_and_chains_agree(reports, kind, runner):
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "fault"), [(*run, fault) for run, faults in RUNS.items() for fault in faults]
+    ("kind", "runner", "fault"),
+    long_but(SHORT, [(*run, fault) for run, faults in RUNS.items() for fault in faults]),
 )
 def test_faults_are_found(reports, kind, runner, fault):
     """The negative control: the mask ignored, and each mend of Model Runner V1 taken away."""
@@ -74,30 +65,17 @@ TREE_RUNS = [("llava", "v1"), ("qwen2_vl", "v1"), ("llava", "v2")]
 @pytest.fixture(scope="module")
 def tree_reports(tmp_path_factory):
     """Runs a (kind, runner) with trees, and again without the gather, when first asked for."""
-    folder = tmp_path_factory.mktemp("tree_pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind, decoys=2)
+    def faults(kind, runner, pair):
+        return {"faults": ["draft_gather"], "tree": TREE}
 
-    @cache
-    def report(kind, runner):
-        return run_worker(
-            "draft_rows",
-            runner,
-            kind=kind,
-            target=pair_of(kind).target,
-            draft=pair_of(kind).draft,
-            faults=["draft_gather"],
-            tree=TREE,
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("tree_pairs"), "draft_rows", faults, decoys=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
-def test_settled_rows_are_those_of_a_chain(tree_reports, kind, runner):
-    """After settling, the draft reads what it reads with chains, and grows the trees it should."""
+def test_gathered_rows_are_those_of_a_chain(tree_reports, kind, runner):
+    """Along accepted paths the draft reads what it reads with chains, and grows the right trees."""
     report = tree_reports(kind, runner)
     assert report["missing"] == 0, report
     assert report["wrong_branch"] == 0, report
@@ -109,6 +87,7 @@ def test_settled_rows_are_those_of_a_chain(tree_reports, kind, runner):
     assert max(same.values()) < TOLERANCE, report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "runner"), TREE_RUNS)
 def test_a_missing_gather_is_found(tree_reports, kind, runner):
     """It changes no output, only what the draft reads."""

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from demo_factory.write_data import write_data
 from tests.common.worker import run_worker
 from vllm_msd.cli.main import main
 from vllm_msd.demo.paths import demo_pair
-from vllm_msd.demo.write_data import write_data
 
+pytestmark = pytest.mark.long
 MAX_TOKENS = 64
 RECORDS = 6  # of text, and as many with an image
 # By name: arguments of the engine, and flags of the command.

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.common.server import REPOSITORY
-from vllm_msd.demo.world import sample
+from demo_factory.world import sample
+from tests.common.worker import HANGS, REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
 
@@ -22,7 +22,7 @@ def run(fresh_process):
             [*starter, str(EXAMPLES / name), *arguments],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=HANGS,
             cwd=REPOSITORY,
             check=False,
             **fresh_process,
@@ -47,6 +47,7 @@ def test_help(run, name):
     assert "examples/" in run(name, "--help")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "drafting",
     [(), ("--num-speculative-tokens", "8", "--tree-depth", "5", "--tree-top-k", "2")],
@@ -72,11 +73,13 @@ def test_offline_inference(run, tmp_path, drafting):
     assert 1 <= length <= 6
 
 
+@pytest.mark.long
 def test_openai_client(run, msd_server):
     out = run("openai_client.py", "--base-url", f"{msd_server.url}/v1", "--max-tokens", "24")
     assert len(out.split("msd-demo: ")[1].strip()) > 10
 
 
+@pytest.mark.long
 def test_multi_image(run, msd_server):
     before = msd_server.metrics()["vllm:spec_decode_num_drafts_total"]
     out = run("multi_image.py", "--base-url", f"{msd_server.url}/v1", "--max-tokens", "24")
@@ -84,6 +87,7 @@ def test_multi_image(run, msd_server):
     assert msd_server.metrics()["vllm:spec_decode_num_drafts_total"] > before
 
 
+@pytest.mark.long
 def test_benchmark_serving(run, msd_server, tmp_path):
     result = tmp_path / "result.json"
     out = run(

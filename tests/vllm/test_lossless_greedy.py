@@ -13,6 +13,7 @@ import pytest
 from tests.common.worker import run_worker
 from vllm_msd.demo.paths import demo_pair
 
+pytestmark = pytest.mark.long
 REQUESTS = 208
 SIZES = {  # max_tokens of request 0, 1, ...; how many also run alone
     "v1": {"lengths": [150, 40, 90, 64, 24], "alone": 40},
@@ -26,7 +27,6 @@ def report(request):
     return run_worker(
         "greedy",
         request.param,
-        timeout=1800,
         target=str(pair.target),
         draft=str(pair.draft),
         requests=REQUESTS,

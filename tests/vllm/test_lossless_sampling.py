@@ -23,7 +23,6 @@ def report(tmp_path_factory):
     return run_worker(
         "sampling",
         "v1",
-        timeout=1800,
         target=target,
         draft=draft,
         draws=DRAWS,
@@ -36,6 +35,7 @@ def trials(report: dict, wrong_rule: str) -> list[dict]:
     return [trial for trial in report["trials"] if trial["wrong_rule"] == wrong_rule]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
 def test_draws_follow_the_targets_law(report, temperature, top_p):
     here = [t for t in trials(report, "none") if t["temperature"] == temperature]
@@ -52,6 +52,7 @@ def test_draws_follow_the_targets_law(report, temperature, top_p):
             assert result["p"] > FALSE_ALARM, where
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", ["accept_every_draft", "redraw_without_residual", "redraw_best"])
 def test_wrong_acceptance_rules_are_caught(report, rule):
     """On both prompts, at the first token that speculation has a hand in."""

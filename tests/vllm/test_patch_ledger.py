@@ -77,11 +77,15 @@ def record(path="function", parameters=("a", "b"), make="double", **kwargs) -> P
     )
 
 
+def apply(*records: Patch) -> None:
+    patching.put_in_place(patching.prepare(records))
+
+
 @pytest.mark.parametrize("patch", patches.PATCHES, ids=lambda p: p.name)
 def test_every_patch_is_in_place(patch):
     assert patch.is_applied()
     with pytest.raises(PatchError, match="patched once"):
-        patch.apply()
+        patch.replacement()
 
 
 def test_names_and_targets_are_unique():
@@ -144,9 +148,9 @@ def _ours(value) -> bool:
 
 
 def test_replacement_keeps_kind_and_original(fake_vllm):
-    record("function").apply()
+    apply(record("function"))
     assert fake_vllm.function(1, 2) == 6
-    record("Thing.build", ("value",)).apply()
+    apply(record("Thing.build", ("value",)))
     assert isinstance(vars(fake_vllm.Thing)["build"], staticmethod)
     assert fake_vllm.Thing.build(4) == 8
 
@@ -154,8 +158,8 @@ def test_replacement_keeps_kind_and_original(fake_vllm):
 def test_class_target_is_checked_by_its_constructor(fake_vllm):
     original = fake_vllm.Thing
     with pytest.raises(PatchError, match="expected"):
-        record("Thing", ("self", "config"), make="subclass").apply()
-    record("Thing", ("self", "config", "device"), make="subclass").apply()
+        apply(record("Thing", ("self", "config"), make="subclass"))
+    apply(record("Thing", ("self", "config", "device"), make="subclass"))
     assert issubclass(fake_vllm.Thing, original) and fake_vllm.Thing.extra
 
 
@@ -175,10 +179,10 @@ def test_missing_or_changed_point_is_loud(fake_vllm, patch, problem):
     function = fake_vllm.function
     good = replace(record("Thing.build", ("value",)), name="good")
     with pytest.raises(PatchError, match=problem) as caught:
-        patching.apply_all((good, patch))
+        apply(good, patch)
     message = str(caught.value)
     assert patching.vllm_version() in message
-    assert patching.SUPPORTED_RANGE in message and "VLLM_PLUGINS" in message
+    assert patching.SUPPORTED_RANGE in message and "leave the speculative method 'msd'" in message
     assert fake_vllm.function is function and not good.is_applied()
 
 
@@ -188,7 +192,7 @@ def test_other_vllm_versions_are_refused(monkeypatch, version):
 
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(PatchError, match=f"supports vLLM 0.32-0.33, got {version}"):
-        plugin.register()
+        patching.check_version()
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0.dev3"])
@@ -224,6 +228,12 @@ def test_source_check_sees_changes(tmp_path):
     ]
     assert patching.check_source(tmp_path, "0.32.0", (good,)) == []
     assert len(patching.check_source(tmp_path, "0.32.0", tuple(bad))) == 3
+
+
+def test_source_of_an_unsupported_version_is_a_wrong_argument(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        patches_main(["--check-source", str(tmp_path), "--version", "0.40.0"])
+    assert "supports vLLM 0.32-0.33, got 0.40.0" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("MSD_VLLM_SOURCE" not in os.environ, reason="MSD_VLLM_SOURCE is not set")

@@ -16,19 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.common.server import (
-    MAX_MODEL_LEN,
-    REPOSITORY,
-    Outcome,
-    Server,
-    ask,
-    chat_messages,
-    image_url,
-    png,
-)
+from demo_factory.world import KINDS, Sample, sample
+from tests.common.server import MAX_MODEL_LEN, Outcome, Server, ask, chat_messages, image_url, png
 from tests.common.server_soak import held_after
-from vllm_msd.demo.world import KINDS, Sample, sample
+from tests.common.worker import HANGS, REPOSITORY
 
+pytestmark = pytest.mark.long
 REQUESTS = {
     "good": 90,
     "streamed": 90,
@@ -57,7 +50,7 @@ def plain_texts(questions, tmp_path_factory, fresh_process) -> list[str]:
     command = [sys.executable, "-m", "tests.common.plain_answers"]
     command += [str(folder / "requests.json"), str(folder / "answers.json")]
     fresh_process["env"] |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    subprocess.run(command, check=True, cwd=REPOSITORY, timeout=240, **fresh_process)
+    subprocess.run(command, check=True, cwd=REPOSITORY, timeout=HANGS, **fresh_process)
     return json.loads((folder / "answers.json").read_text())
 
 
@@ -75,7 +68,7 @@ def outcomes(msd_server: Server, plain_texts, questions) -> list[Outcome]:
 
 async def _send_all(server: Server, cases: list[str], questions: list[Sample]) -> list[Outcome]:
     gate = asyncio.Semaphore(CONCURRENCY)
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=HANGS) as client:
 
         async def one(index: int, case: str) -> Outcome:
             async with gate:
@@ -159,7 +152,7 @@ def test_drafts_were_accepted_and_rejected(msd_server, outcomes):
 
 def test_answers_after_the_storm_are_the_same(msd_server, outcomes, questions, plain_texts):
     body = _body("good", 0, questions[0])
-    reply = httpx.post(f"{msd_server.url}/v1/chat/completions", json=body, timeout=60)
+    reply = httpx.post(f"{msd_server.url}/v1/chat/completions", json=body, timeout=HANGS)
     assert reply.json()["choices"][0]["message"]["content"] == plain_texts[0]
 
 

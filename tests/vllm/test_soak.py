@@ -3,9 +3,13 @@
 `make soak` serves thousands and looks at the memory, which a short run cannot.
 """
 
-from benchmarks.soak import failures
+import pytest
+
 from tests.common import tiny
 from tests.common.worker import run_worker
+from tests.long.soak import failures
+
+pytestmark = pytest.mark.long
 
 
 def test_nothing_differs_and_nothing_is_left_over(tmp_path):

@@ -34,6 +34,7 @@ def tokens_as_trained(pair: tiny.TinyPair, folder: Path, text: str, *seeds: int)
     return len(target.processor.tokenizer(placeholders)["input_ids"]) - len(seeds) + visual
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_trained_draft_is_served_losslessly(kind, tmp_path):
     # Small Qwen3-VL models have no head of their own.

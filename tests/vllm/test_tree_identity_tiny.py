@@ -4,11 +4,11 @@ Each report comes from one process with two engines (see ``tests.common.tree_ide
 of a report only read it. The drafts are unsure, so that more than first children are accepted.
 """
 
-from functools import cache
-
 import pytest
 
 from tests.common import tiny
+from tests.common.long import long_but
+from tests.common.pair_reports import pair_reports
 from tests.common.tree_identity import ALL_CASES
 from tests.common.worker import run_worker
 
@@ -30,6 +30,7 @@ RUNS = {
     ("llava_onevision", "v1"): M_ROPE_CASES[:1],
     ("qwen2_vl", "v2"): M_ROPE_CASES[:1],
 }
+SHORT = {("llava", "v1")}
 # What is broken in which run, and the case that has to notice it.
 MUTATIONS = {
     ("llava", "v1"): {
@@ -52,29 +53,16 @@ MUTATIONS = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Runs a (kind, runner) when it is first asked for."""
-    folder = tmp_path_factory.mktemp("pairs")
 
-    @cache
-    def pair_of(kind):
-        return tiny.build_pair(folder / kind, kind, decoys=2)
+    def arguments(kind, runner, pair):
+        return {"cases": RUNS[kind, runner], "mutations": MUTATIONS.get((kind, runner))}
 
-    @cache
-    def report(kind, runner):
-        return run_worker(
-            "tree",
-            runner,
-            kind=kind,
-            target=pair_of(kind).target,
-            draft=pair_of(kind).draft,
-            cases=RUNS[kind, runner],
-            mutations=MUTATIONS.get((kind, runner)),
-        )
-
-    return report
+    return pair_reports(tmp_path_factory.mktemp("pairs"), "tree", arguments, decoys=2)
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "case"), [(*run, case) for run, cases in RUNS.items() for case in cases]
+    ("kind", "runner", "case"),
+    long_but(SHORT, [(*run, case) for run, cases in RUNS.items() for case in cases]),
 )
 def test_same_tokens(reports, kind, runner, case):
     result = reports(kind, runner)["cases"][case]
@@ -85,7 +73,7 @@ def test_same_tokens(reports, kind, runner, case):
     assert result["other_children"] > 0
 
 
-@pytest.mark.parametrize(("kind", "runner"), RUNS)
+@pytest.mark.parametrize(("kind", "runner"), long_but(SHORT, RUNS))
 def test_cases_saw_what_they_are_for(reports, kind, runner):
     """A preemption case without preemption, say, would prove nothing."""
     report = reports(kind, runner)
@@ -104,12 +92,14 @@ def test_cases_saw_what_they_are_for(reports, kind, runner):
 
 
 @pytest.mark.parametrize(
-    ("kind", "runner", "mutation"), [(*run, m) for run, table in MUTATIONS.items() for m in table]
+    ("kind", "runner", "mutation"),
+    long_but(SHORT, [(*run, m) for run, table in MUTATIONS.items() for m in table]),
 )
 def test_mutations_are_noticed(reports, kind, runner, mutation):
     assert not reports(kind, runner)["mutations"][mutation]["same"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_random_workload(tmp_path, runner):
     """Random lengths, images, samplings and aborts in a cache that is too small for all.

@@ -10,6 +10,7 @@ from tests.common import small_vocabulary
 from tests.common.worker import run_worker
 from tests.common.wrong_rules import WRONG_TREE_RULES
 
+pytestmark = pytest.mark.long
 FALSE_ALARM = 1e-6
 DRAWS, CONTROL_DRAWS, SEED = 4_096, 3_072, 21
 SETTINGS = [

@@ -7,10 +7,12 @@ import torch
 
 from tests.common.distribution import chi_square
 from vllm_msd.errors import ConfigError
+from vllm_msd.tree import DraftTree, TreeStore
 from vllm_msd.vllm_plugin import plugin
 
 PARENTS = torch.tensor([-1, 0, 0, 1, 1, 2, 3])
 TOKENS = torch.tensor([0, 4, 7, 2, 9, 2, 5])
+TREE = DraftTree.from_parents(TOKENS[None], PARENTS[None])
 VOCAB = 12
 
 
@@ -95,10 +97,11 @@ def tree_sampler(metadata, drafted, logprobs_mode: str = "raw_logprobs"):
     from vllm.v1.sample.sampler import Sampler
 
     from vllm_msd.vllm_plugin.cpu.sampler import TreeRejectionSampler
-    from vllm_msd.vllm_plugin.cpu.step import StepTrees
+    from vllm_msd.vllm_plugin.cpu.step import StepNodes
 
-    sampler = TreeRejectionSampler(Sampler(logprobs_mode))
-    sampler.step = StepTrees.build(metadata, drafted)
+    store = TreeStore(len(drafted), 0, len(TOKENS))
+    sampler = TreeRejectionSampler(Sampler(logprobs_mode), store)
+    sampler.step = StepNodes.build(store, metadata, drafted)
     return sampler
 
 
@@ -107,35 +110,42 @@ def tree_sampler(metadata, drafted, logprobs_mode: str = "raw_logprobs"):
 
 def test_step_finds_each_requests_tree():
     """Whole, cut short, without drafts, of another draft, and unknown; prompt rows stand before."""
-    from vllm_msd.vllm_plugin.cpu.step import StepTrees
+    from vllm_msd.vllm_plugin.cpu.step import StepNodes
 
     tokens = TOKENS[1:].tolist()
     other = [*tokens[:2], 8, *tokens[3:]]
-    step = StepTrees.build(
+    store = TreeStore(5, 0, len(TOKENS))
+    step = StepNodes.build(
+        store,
         spec_metadata([tokens, tokens[:3], [], other, tokens], prompt_rows=[0, 5, 9, 0, 0]),
-        [(TOKENS, PARENTS)] * 4 + [None],
+        [TREE] * 4 + [None],
     )
-    assert step.num_nodes.tolist() == [7, 4, 1, 7, 7]
-    assert step.is_tree.tolist() == [True, True, False, False, False]
-    assert step.tree.parents[0].tolist() == PARENTS.tolist()
-    assert step.tree.parents[1, :4].tolist() == PARENTS[:4].tolist()
+    num_nodes = step.row_start.diff()
+    assert num_nodes.tolist() == [7, 4, 1, 7, 7]
+    is_tree = [bool(shift.any()) for shift in step.shift.split(num_nodes.tolist())]
+    assert is_tree == [True, True, False, False, False]
+    assert step.has_trees
+    assert store.parents[0].tolist() == PARENTS.tolist()
+    assert store.parents[1, :4].tolist() == PARENTS[:4].tolist()
     for request in (3, 4):
-        assert step.tree.parents[request].tolist() == list(range(-1, 6))
-    assert step.root_rows.tolist() == [0, 12, 25, 26, 33]
-    assert step.first_logits.tolist() == [0, 7, 11, 12, 19]
+        assert store.parents[request].tolist() == list(range(-1, 6))
+    assert step.rows[step.row_start[:-1]].tolist() == [0, 12, 25, 26, 33]
+    assert step.row_start.tolist() == [0, 7, 11, 12, 19, 26]
     assert step.rows.tolist() == [*range(7), *range(12, 16), *range(25, 40)]
     # depths 0 1 1 2 2 2 3 against node numbers
-    assert step.rotary_offsets().tolist() == [0, 0, -1, -1, -2, -3, -3, 0, 0, -1, -1] + [0] * 15
-    values = torch.arange(26)
-    assert step.in_node_order(step.by_request(values)).equal(values)
+    assert step.shift.tolist() == [0, 0, -1, -1, -2, -3, -3, 0, 0, -1, -1] + [0] * 15
+    sizes = num_nodes.tolist()
+    assert step.slots.tolist() == [r for r, size in enumerate(sizes) for _ in range(size)]
+    assert step.nodes.tolist() == [node for size in sizes for node in range(size)]
+    assert step.tokens.tolist() == [-1, *tokens, -1, *tokens[:3], -1, -1, *other, -1, *tokens]
 
 
 def test_cut_to_a_chain_is_no_tree():
     """The beginning of a tree may be a chain: then the step needs no tree at all."""
-    from vllm_msd.vllm_plugin.cpu.step import StepTrees
+    from vllm_msd.vllm_plugin.cpu.step import StepNodes
 
     metadata = spec_metadata([[4]])
-    assert not StepTrees.build(metadata, [(TOKENS, PARENTS)]).has_trees
+    assert not StepNodes.build(TreeStore(1, 0, len(TOKENS)), metadata, [TREE]).has_trees
 
 
 # Draws ------------------------------------------------------------------------------------------
@@ -166,7 +176,7 @@ def test_tokens_are_distributed_as_without_speculation():
     torch.manual_seed(3)
     logits = 1.5 * torch.randn(len(TOKENS), VOCAB)
     metadata = spec_metadata([TOKENS[1:].tolist()] * count)
-    sampler = tree_sampler(metadata, [(TOKENS, PARENTS)] * count)
+    sampler = tree_sampler(metadata, [TREE] * count)
     is_greedy = torch.arange(count) % 2 == 1
     bias = {4: 0.7, 2: -0.5}
     out = sampler(
@@ -190,12 +200,12 @@ def test_tokens_are_distributed_as_without_speculation():
     sampled = out[~is_greedy]
     on_node = {0: torch.ones(len(sampled), dtype=torch.bool)}
     for node, parent in list(enumerate(PARENTS.tolist()))[1:]:
-        depth = sampler.step.tree.depths[0, node]
+        depth = sampler.store.depths[0, node]
         on_node[node] = on_node[parent] & (sampled[:, depth - 1] == TOKENS[node])
     counts, laws = [], []
     for node, reached in on_node.items():
         laws.append(warped(logits[node], bias, 0.8, 0.1, 8, 0.95).double())
-        depth = int(sampler.step.tree.depths[0, node])
+        depth = int(sampler.store.depths[0, node])
         counts.append(torch.bincount(sampled[reached, depth].long(), minlength=VOCAB))
         assert (counts[-1][laws[-1] == 0] == 0).all()
     found = chi_square(torch.stack(counts), torch.stack(laws))
@@ -212,7 +222,7 @@ def test_seeded_request_does_not_depend_on_its_neighbours():
 
     def tokens(before: int) -> list[int]:
         metadata = spec_metadata([drafts] * (before + 1))
-        sampler = tree_sampler(metadata, [(TOKENS, PARENTS)] * (before + 1))
+        sampler = tree_sampler(metadata, [TREE] * (before + 1))
         settings = sampling_metadata(
             before + 1, generators={before: torch.Generator().manual_seed(5)}
         )
@@ -229,7 +239,7 @@ def test_logprobs_follow_the_path(mode):
     logits = torch.randn(len(TOKENS), VOCAB)
     logits[0, 7] = logits[2, 2] = logits[5, 11] = 9.0
     metadata = spec_metadata([[], TOKENS[1:].tolist()])
-    sampler = tree_sampler(metadata, [None, (TOKENS, PARENTS)], mode)
+    sampler = tree_sampler(metadata, [None, TREE], mode)
     settings = sampling_metadata(
         2, all_greedy=True, all_random=False, temperature=None, max_num_logprobs=2,
         bias={1: {3: 1.0}},
@@ -251,7 +261,7 @@ def test_logprobs_follow_the_path(mode):
 
 def test_draft_probabilities_are_refused():
     metadata = spec_metadata([TOKENS[1:].tolist()])
-    sampler = tree_sampler(metadata, [(TOKENS, PARENTS)])
+    sampler = tree_sampler(metadata, [TREE])
     with pytest.raises(ValueError, match="without draft probabilities"):
         sampler(metadata, torch.ones(6, VOCAB), torch.zeros(7, VOCAB), sampling_metadata(1))
 

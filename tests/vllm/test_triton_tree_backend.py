@@ -21,7 +21,8 @@ from tests.common import tiny
 from tests.common.tree_batches import Request, chain, make_batch, unrolled_attention
 from tests.common.worker import INTERPRETER
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.trees.rows import ATTRIBUTE, TreeRows
+from vllm_msd.tree import TreeRows
+from vllm_msd.vllm_plugin.trees.attention import ATTRIBUTE
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,7 +9,11 @@ import json
 import subprocess
 import sys
 
-from tests.common.server import REPOSITORY
+import pytest
+
+from tests.common.worker import HANGS, REPOSITORY
+
+pytestmark = pytest.mark.long
 
 
 def test_a_wrong_image_in_the_draft_costs_acceptance_and_changes_no_answer(tmp_path, fresh_process):
@@ -20,7 +24,7 @@ def test_a_wrong_image_in_the_draft_costs_acceptance_and_changes_no_answer(tmp_p
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
         check=False,
         **fresh_process,
     )

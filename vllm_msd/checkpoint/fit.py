@@ -45,19 +45,21 @@ def check_draft_fits_target(
         CheckpointError: it does not fit; the message says in what.
     """
     target = _as_hf_config(target_hf_config)
-    named = (target.architectures or [None])[0]
+    named = target.architectures[0] if target.architectures else target.model_type
     family = _FAMILIES.get(named) or _FAMILIES.get(target.model_type)
     if family is None:
         raise CheckpointError(
-            f"target architecture: got {named or target.model_type}, expected one of "
+            f"target architecture: got {named}, expected one of "
             f"{', '.join(n for n in _FAMILIES if n.endswith('ForConditionalGeneration'))}. Drafts "
             "exist for these only."
         )
-    draft_family = _FAMILIES.get(config.target.architecture, _FAMILY_OF_LAYER[config.layer_type])
+    draft_family = _FAMILIES.get(
+        config.target.architecture or "", _FAMILY_OF_LAYER[config.layer_type]
+    )
     if draft_family != family:
         raise CheckpointError(
             f"the draft was made for targets of the family {draft_family}, got "
-            f"{named or target.model_type} (family {family}). Use a draft that was trained for "
+            f"{named} (family {family}). Use a draft that was trained for "
             "this target."
         )
     check_draft_sizes(config, text_config(target))
@@ -94,7 +96,7 @@ def _as_hf_config(config: "PreTrainedConfig | Mapping[str, Any]") -> "PreTrained
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"target config: got model_type {model_type!r}, expected a model that transformers "
             "knows. Give the config.json of the target."

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,7 +112,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(sorted(names)[:_MAX_LISTED]) + more
 
 
-def _open_safetensors(file: Path):
+def _open_safetensors(file: Path) -> Any:
     _check_content(file)
     try:
         return safe_open(file, framework="pt", device="cpu")

@@ -82,7 +82,8 @@ def add_parsers(subparsers) -> None:
     run.set_defaults(func=run_demo)
 
     data = commands.add_parser(
-        "data", help="write the demo's small world as training data for `vllm-msd train`"
+        "data",
+        help="write the demo's small world as training data for `vllm-msd train`; from a checkout",
     )
     data.add_argument("--output", type=Path, default=Path("build/world"), help="folder")
     data.add_argument(
@@ -98,7 +99,8 @@ def add_parsers(subparsers) -> None:
     data.set_defaults(func=run_data)
 
     build = commands.add_parser(
-        "build", help="train the pair again from scratch (about two hours on two cores)"
+        "build",
+        help="train the pair again from scratch (about two hours on two cores); from a checkout",
     )
     build.add_argument(
         "--output", type=Path, default=Path("build/pair"), help="folder (default: %(default)s)"
@@ -119,7 +121,7 @@ def add_parsers(subparsers) -> None:
         "--draft-config",
         type=Path,
         metavar="YAML",
-        help="settings of `vllm-msd train` (default: draft.yaml of the package)",
+        help="settings of `vllm-msd train` (default: demo_factory/draft.yaml)",
     )
     build.add_argument(
         "--per-kind", type=_positive, default=50, help="held-out samples of each kind"
@@ -147,7 +149,7 @@ def run_paths(args: argparse.Namespace) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo; 1 when outputs in fp32 differ with and without MSD."""
-    from vllm_msd.demo.engine import restart_tuned
+    from vllm_msd.measure.engine import restart_tuned
     from vllm_msd.tree.config import TreeConfig
 
     if not args.skip_tree:  # a mistake ends here, before any engine starts
@@ -169,7 +171,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_data(args: argparse.Namespace) -> int:
     """Write the world and print where it lies."""
-    from vllm_msd.demo.write_data import write_data
+    from vllm_msd.demo.paths import use_factory
+
+    use_factory()
+    from demo_factory.write_data import write_data
 
     found = write_data(
         args.output, args.records, args.seed, args.split, target=args.target, report=_to_stderr
@@ -180,7 +185,10 @@ def run_data(args: argparse.Namespace) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Train a pair and print where it lies."""
-    from vllm_msd.demo.build import DRAFT_SETTINGS, build
+    from vllm_msd.demo.paths import use_factory
+
+    use_factory()
+    from demo_factory.build import DRAFT_SETTINGS, build
 
     folder = build(
         args.output,

@@ -16,6 +16,8 @@ from pathlib import Path
 
 INSTALL = 'pip install "vllm-msd[gpu]" (accelerator) or pip install "vllm-msd[cpu]" (none)'
 
+MEASURE_TREES = "python benchmarks/bench_trees.py"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -215,12 +217,12 @@ def _patches() -> Iterator[Finding]:
         return
     from vllm_msd.vllm_plugin import plugin
     from vllm_msd.vllm_plugin.patches import ledger as patches
-    from vllm_msd.vllm_plugin.patches import patching
+    from vllm_msd.vllm_plugin.patches import standby
 
-    try:
-        plugin.register()
-    except patching.PatchError as error:
-        yield Finding("plugin", "patches", "do not fit this vLLM", str(error))
+    plugin.register()
+    if (reason := standby.reason()) is not None:
+        state = "do not fit this vLLM: MSD is off, vLLM runs as without it"
+        yield Finding("plugin", "patches", state, str(reason))
         return
     missing = [patch.name for patch in patches.PATCHES if not patch.is_applied()]
     count = len(patches.PATCHES)
@@ -241,6 +243,30 @@ def _demo_pair() -> Iterator[Finding]:
         yield Finding("demo", "trained pair", "missing", str(error))
     else:
         yield Finding("demo", "trained pair", str(pair.target.parent))
+
+
+def _tree_rows() -> Iterator[Finding]:
+    """What a tree's rows cost here, by arithmetic; nothing is measured."""
+    if _version("torch") is None:
+        return
+    import torch
+
+    from vllm_msd.roofline.shapes import device_named, free_rows
+
+    if not torch.cuda.is_available():
+        value = f"not free on a CPU, draft a chain (tree_top_k 1); {MEASURE_TREES} measures it here"
+        yield Finding("machine", "rows of a tree", value)
+        return
+    for name in dict.fromkeys(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))):
+        device = device_named(name)
+        if device is None:
+            value = f"cost unknown on {name}; {MEASURE_TREES} measures it"
+        else:
+            value = (
+                f"nearly free on {name} while (num_speculative_tokens + 1) x requests in a step "
+                f"stays under about {round(free_rows(device), -1):.0f} (arithmetic, not measured)"
+            )
+        yield Finding("machine", "rows of a tree", value)
 
 
 def _machine() -> Iterator[Finding]:
@@ -293,4 +319,5 @@ CHECKS: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
     ("plugin", _patches),
     ("demo", _demo_pair),
     ("machine", _machine),
+    ("machine", _tree_rows),
 )

@@ -12,8 +12,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from vllm_msd import __version__
 from vllm_msd.errors import VLLM_MISSING, MSDError
 
 COMMAND_MODULES = ("doctor", "checkpoint_commands", "training_commands", "demo_commands")
@@ -25,11 +25,47 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vllm-msd",
         description="Multimodal Speculative Decoding (MSD) for vLLM.",
     )
-    parser.add_argument("--version", action="version", version=f"vllm-msd {__version__}")
+    parser.add_argument(
+        "--version", nargs=0, action=VersionAction, help="show the versions installed and exit"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMAND_MODULES:
         importlib.import_module(f"vllm_msd.cli.{name}").add_parsers(subparsers)
+    completion = subparsers.add_parser(
+        "completion",
+        help="print a completion script for a shell",
+        description='Completion in this shell: eval "$(vllm-msd completion bash)"',
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    completion.set_defaults(func=print_completion)
     return parser
+
+
+class VersionAction(argparse.Action):
+    """Prints this package's version with those of vLLM and torch, importing neither."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from vllm_msd.provenance import versions
+
+        found = versions()
+        print(", ".join(f"{name} {found[name]}" for name in ("vllm-msd", "vllm", "torch")))
+        parser.exit()
+
+
+def print_completion(args: argparse.Namespace) -> None:
+    """Print the completion script of ``args.shell``, which shtab makes of the parser.
+
+    Raises:
+        MSDError: shtab is not installed.
+    """
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise MSDError(
+            "shtab is not installed, which makes the completion script. Install it together with "
+            'this package: pip install "vllm-msd[completion]".'
+        ) from error
+    print(shtab.complete(build_parser(), shell=args.shell))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

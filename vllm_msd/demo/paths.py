@@ -1,34 +1,24 @@
-"""Where the demo pair lies, and the cache that holds widened copies of it."""
+"""Where the demo pair and its factory lie, and the cache that holds widened copies of the pair."""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from vllm_msd.errors import CheckpointError, ConfigError
+from vllm_msd.measure.inputs import Pair
 
 PAIR = Path(__file__).parent / "pair"
 DTYPES = ("bfloat16", "float32")
-SEED = 0
+SEED = 0  # of the random weights that widening adds
 
 
-@dataclass(frozen=True)
-class DemoPaths:
-    """Folders of a target and the draft trained for it."""
-
-    target: Path
-    draft: Path
-
-    def as_dict(self) -> dict[str, str]:
-        """Plain strings, for JSON."""
-        return {"target": str(self.target), "draft": str(self.draft)}
-
-
-def demo_pair() -> DemoPaths:
+def demo_pair() -> Pair:
     """The pair that comes with the package, or the one in ``$MSD_DEMO_PAIR``.
 
     Raises `CheckpointError` when it is not there.
@@ -36,15 +26,30 @@ def demo_pair() -> DemoPaths:
     return _pair_in(Path(os.environ.get("MSD_DEMO_PAIR") or PAIR))
 
 
-def _pair_in(folder: Path) -> DemoPaths:
-    paths = DemoPaths(folder / "target", folder / "draft")
-    for path in (paths.target, paths.draft):
+def _pair_in(folder: Path) -> Pair:
+    pair = Pair(folder / "target", folder / "draft")
+    for path in (pair.target, pair.draft):
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
             raise CheckpointError(
                 f"demo pair: {path} holds no config.json and model.safetensors. "
                 "Install the package again, or rebuild the pair with `vllm-msd demo build`."
             )
-    return paths
+    return pair
+
+
+def use_factory() -> None:
+    """Make the package `demo_factory` importable, which lies beside this one in a checkout.
+
+    Raises `ConfigError` where it does not.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / "demo_factory" / "__init__.py").is_file():
+        raise ConfigError(
+            "this needs a checkout of vllm-msd's repository, installed with `pip install -e .`: "
+            f"there is no demo_factory in {root}."
+        )
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
 
 
 def cache_dir() -> Path:
@@ -58,17 +63,16 @@ def wide_pair(
     size: str = "350M",
     *,
     dtype: str = "bfloat16",
-    seed: int = SEED,
-    pair: DemoPaths | None = None,
+    pair: Pair | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> DemoPaths:
+) -> Pair:
     """The demo pair widened to about ``size`` parameters (``"350M"``, ``"1B"``), made if needed.
 
     The folder's name holds a digest of all that goes into it (weights, sizes, seed, algorithm), and
     a folder is used again only when its provenance says the same. It appears by one rename, so a
     broken run leaves nothing behind and two runs at once do no harm.
     """
-    from vllm_msd.demo import widen
+    from vllm_msd.measure import widen
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {DTYPES}.")
@@ -83,7 +87,7 @@ def wide_pair(
         "shape": asdict(shape),
         "parameters": shape.parameters(text["vocab_size"]),
         "dtype": dtype,
-        "seed": seed,
+        "seed": SEED,
     }
     digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir() / f"wide-{size.upper()}-{dtype}-{digest}"
@@ -93,10 +97,10 @@ def wide_pair(
     return _pair_in(folder)
 
 
-def _make(folder: Path, provenance: dict, pair: DemoPaths, shape) -> None:
+def _make(folder: Path, provenance: dict, pair: Pair, shape) -> None:
     import torch
 
-    from vllm_msd.demo import widen
+    from vllm_msd.measure import widen
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype, seed = getattr(torch, provenance["dtype"]), provenance["seed"]

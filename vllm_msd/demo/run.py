@@ -12,15 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_msd.demo import paths
-from vllm_msd.demo.compare import (
-    FIRST_SEED,
-    Comparison,
-    compare,
-    figures,
-    held_out_samples,
-)
-from vllm_msd.demo.engine import SHORT, Drafting, timed_dtype
-from vllm_msd.demo.report import KIND_NAMES, render
+from vllm_msd.demo.report.answers import number
+from vllm_msd.demo.report.page import render
+from vllm_msd.demo.samples import KIND_NAMES, HeldOutSample, held_out_samples
+from vllm_msd.measure.compare import Comparison, compare, figures
+from vllm_msd.measure.engine import SHORT, Drafting, timed_dtype
+from vllm_msd.measure.inputs import Pair
 from vllm_msd.provenance import provenance
 
 
@@ -43,7 +40,6 @@ class DemoSettings:
     wide_dtype: str | None = None
     num_wide_prompts: int = 7
     wide_rounds: int = 2  # shows whether the ratio holds
-    seed: int = FIRST_SEED
 
     @property
     def draftings(self) -> dict[str, Drafting]:
@@ -58,13 +54,13 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
     """Run everything, print it, write the report; returns the exit code.
 
     0 when the small pair's fp32 answers are the same with and without MSD, 1 when they are not.
-    The process should have been started by `vllm_msd.demo.engine.restart_tuned`.
+    The process should have been started by `vllm_msd.measure.engine.restart_tuned`.
     """
     start = time.monotonic()
     dtype = settings.wide_dtype or timed_dtype()
     settings = replace(settings, wide_dtype=dtype)
     facts = provenance(**asdict(settings))
-    samples = held_out_samples(settings.num_prompts, settings.seed)
+    samples = held_out_samples(settings.num_prompts)
     draftings = settings.draftings
     drafted = " and ".join(f"a {drafting}" for drafting in draftings.values())
 
@@ -115,8 +111,8 @@ def _token_texts() -> Callable[[int], str]:
 
 
 def _compare(
-    pair: paths.DemoPaths,
-    samples: Sequence,
+    pair: Pair,
+    samples: Sequence[HeldOutSample],
     settings: DemoSettings,
     *,
     dtype: str,
@@ -180,7 +176,7 @@ def _print_acceptance(found: dict[str, dict]) -> None:
     ]
     rows.append(("All with images", [one["multimodal"] for one in found.values()]))
     for label, accepted in rows:
-        numbers = "".join(f"{_number(a['acceptance_length']):>10}" for a in accepted)
+        numbers = "".join(f"{number(a['acceptance_length']):>10}" for a in accepted)
         print(f"  {label:<21}{numbers}")
     print("  (the target's own token counted)")
 
@@ -196,9 +192,9 @@ def _print_speed(
         for name, one in found.items():
             speed = one["speed"]
             print(
-                f"  {label:<36}{_number(speed['plain_tokens_per_second'], 1):>7}"
-                f"{name:>8}{_number(speed['msd_tokens_per_second'], 1):>7}"
-                f"{_number(speed['speedup']):>11}x"
+                f"  {label:<36}{number(speed['plain_tokens_per_second'], 1):>7}"
+                f"{name:>8}{number(speed['msd_tokens_per_second'], 1):>7}"
+                f"{number(speed['speedup']):>11}x"
             )
     for name, one in (wide or {}).items():
         print(
@@ -229,7 +225,3 @@ def _as_dict(comparison: Comparison) -> dict[str, Any]:
             for name, answer in comparison.drafted.items()
         },
     }
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -165,7 +165,8 @@ class MSDDraftConfig:
         d = {"torch_dtype": d.get("dtype"), **d}
         names = [f.name for f in fields(cls) if f.name != "target"]
         _require(d, [n for n in names if n not in OPTIONAL_FIELDS])
-        return cls(**{n: d.get(n) for n in names}, target=TargetInfo.from_dict(d.get("target")))
+        values: dict[str, Any] = {n: d.get(n) for n in names}
+        return cls(**values, target=TargetInfo.from_dict(d.get("target")))
 
     @classmethod
     def _from_published(cls, d: Mapping[str, Any], model_type: str) -> "MSDDraftConfig":

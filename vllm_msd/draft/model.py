@@ -22,7 +22,10 @@ class TextBranch(nn.Linear):
     def __init__(self, hidden_size: int, bias: bool) -> None:
         super().__init__(2 * hidden_size, hidden_size, bias=bias)
 
-    def forward(self, token_embeds: Tensor, hidden_states: Tensor) -> Tensor:
+    # A Linear for its parameters' names, not to stand in for one: it takes two tensors.
+    def forward(  # type: ignore[override]
+        self, token_embeds: Tensor, hidden_states: Tensor
+    ) -> Tensor:
         """Both ``[B, S, H]``; returns ``[B, S, H]``."""
         return super().forward(torch.cat([token_embeds, hidden_states], -1))
 
@@ -152,7 +155,7 @@ def _visibility(
     valid = new_valid if cache is None else cache.extend_valid(new_valid)
     row = torch.arange(rows, device=device)[:, None] + past
     column = torch.arange(columns, device=device)
-    seen = attention_mask.bool() if is_tree else column <= row
+    seen = attention_mask.bool() if attention_mask is not None and is_tree else column <= row
     visible = seen & valid[:, None]
     # A padded row with nothing real before it sees itself, to stay finite.
     sees_nothing = ~visible.any(-1, keepdim=True)

@@ -290,7 +290,7 @@ class Trainer:
     def _num_rows(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> int:
         total = 0
         for example, record in zip(examples, known, strict=True):
-            answer = record["answer_mask"] if record else example.rendered.answer_mask
+            answer = record["answer_mask"] if record else example.content.answer_mask
             length = torch.tensor([len(answer)])
             total += int(self._counted(answer[None], length).sum())
         return total
@@ -304,8 +304,8 @@ class Trainer:
         """Of a micro-batch: from the cache where it has them, else from the target."""
         missing = [e for e, record in zip(examples, known, strict=True) if record is None]
         if not missing:
-            return stack(known, self.target.pad_id, self.device)
-        batch = collate([e.rendered for e in missing], self.target.pad_id).to(self.device)
+            return stack([r for r in known if r is not None], self.target.pad_id, self.device)
+        batch = collate([e.content for e in missing], self.target.pad_id).to(self.device)
         with self.autocast:
             found = self.target.features(batch)
         if self.cache is None:
@@ -347,7 +347,7 @@ class Trainer:
     # Results ----------------------------------------------------------------------------------
 
     def _log(self, row: dict[str, Any]) -> None:
-        if self.is_main:
+        if self.board is not None:  # the first process's
             self.folder.write_log(row)
             self.board.write(row)
 
@@ -422,10 +422,10 @@ class Trainer:
 
     def _finish(self, figures: dict[str, Any]) -> dict[str, Any]:
         self._export("last", figures)
-        if self.is_main:
+        if self.board is not None:
             self.board.close()
-            if not (self.folder.folder / "best").is_dir():
-                shutil.copytree(self.folder.folder / "last", self.folder.folder / "best")
+        if self.is_main and not (self.folder.folder / "best").is_dir():
+            shutil.copytree(self.folder.folder / "last", self.folder.folder / "best")
         self.accelerator.wait_for_everyone()
         skipped = self.folder.listed()
         return {**figures, "steps": self.step, "of": self.steps, "skipped": len(skipped)}

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.draft import MSDDraft, MSDDraftConfig, TargetInfo
+from vllm_msd.draft.layers import DecoderLayer
 from vllm_msd.errors import ConfigError
 from vllm_msd.training.targets import Target
 
@@ -87,7 +89,7 @@ def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) 
         draft.load_state_dict(state)
         with torch.no_grad():
             draft.fc.weight[:, config.hidden_size :] += torch.eye(config.hidden_size)
-            first = draft.layers[0]
+            first = first_layer(draft)
             for output in (first.self_attn.o_proj, first.mlp.down_proj):
                 output.weight *= RESIDUAL_SCALE
             if not config.input_norm:
@@ -114,7 +116,7 @@ def open_heads_for_images(draft: MSDDraft) -> None:
     in the demo pair). With copied weights their attention logits are huge, the first steps shut
     them out, and a soft-max that gives them nothing never lets them back in.
     """
-    attention = draft.layers[0].self_attn
+    attention = first_layer(draft).self_attn
     half = attention.q_proj.out_features // 2
     if half % attention.head_dim or attention.k_proj.out_features != 2 * half:
         return  # grouped keys belong to copied heads as well
@@ -123,6 +125,11 @@ def open_heads_for_images(draft: MSDDraft) -> None:
     attention.k_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
     attention.v_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
     attention.o_proj.weight[:, half:].normal_(0.0, 0.5 * std)
+
+
+def first_layer(draft: MSDDraft) -> DecoderLayer:
+    """The draft's first decoder layer."""
+    return cast(DecoderLayer, draft.layers[0])
 
 
 def _absolute(name: str) -> str:

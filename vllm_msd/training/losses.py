@@ -6,7 +6,7 @@ rows that count. `draft_loss` reads like the definition and is what the rest is 
 training uses `row_distances` and `token_losses`, which never hold the logits of a whole batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, predicted: Tensor, target: Tensor, head: Tensor, chunk: int
+        ctx: Any, predicted: Tensor, target: Tensor, head: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         steps, rows, _ = predicted.shape
         surprise = predicted.new_empty(steps, rows, dtype=torch.float32)
@@ -87,7 +87,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return surprise, agrees
 
     @staticmethod
-    def backward(ctx, surprise_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, surprise_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * surprise_gradient[..., None].to(gradient.dtype), None, None, None
 

@@ -239,19 +239,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": about["help"]}
-        default = _default(f)
+        default, kind = _default(f), _kind(f)
         if default not in ("", []):
             options["help"] += f" (default: {'no' if default is False else default})"
         options["help"] = options["help"].replace("%", "%%")
-        if f.type is bool:
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif _is_list(f):
             options |= {"nargs": "+", "metavar": "PATH"}
         else:
-            options |= {"type": f.type, "metavar": f.type.__name__.upper()}
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
             if about["choices"]:
                 options |= {"choices": about["choices"], "metavar": None}
         groups[about["group"]].add_argument(flag(f.name), **options)
+
+
+def _kind(f: dataclasses.Field) -> Any:
+    """The annotation; a type, since this module does not postpone annotations."""
+    return f.type
 
 
 def _is_list(f: dataclasses.Field) -> bool:
@@ -273,7 +278,8 @@ def _check(f: dataclasses.Field, value: Any) -> None:
     elif f.type is int:
         fits, expected = type(value) is int, "a whole number"
     else:
-        fits, expected = isinstance(value, f.type), {str: "a word", bool: "true or false"}[f.type]
+        kind = _kind(f)
+        fits, expected = isinstance(value, kind), {str: "a word", bool: "true or false"}[kind]
     about = f.metadata
     if fits and about["choices"]:
         fits, expected = value in about["choices"], "one of " + ", ".join(about["choices"])

@@ -100,7 +100,7 @@ class Target:
                     f"{', '.join(FAMILIES)}."
                 )
             processor = AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(
+            model: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=attention,
@@ -159,6 +159,8 @@ class Target:
             **self._typed(batch.extras),
         )
         embeds, self._embeds = self._embeds, None
+        if embeds is None:
+            raise RuntimeError("the target's language model ran without inputs_embeds")
         return Features(
             batch.input_ids,
             batch.lengths,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from vllm_msd.errors import ConfigError
+from vllm_msd.kernels import MAX_NODES
 from vllm_msd.tree.grow import TreeShape
-from vllm_msd.tree.record import MAX_NODES
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def draft_tree(
     stable_columns, start = cache.num_columns, cache.num_tokens()
     batch = len(root_tokens)
 
-    def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
+    def expand(
+        tokens: Tensor, hidden: Tensor, visible: Tensor, level: int
+    ) -> tuple[Tensor, Tensor]:
         stable = visible.new_ones(batch, shape.top_k, stable_columns)
         out = draft(
             embed_tokens(tokens),

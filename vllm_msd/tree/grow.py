@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.tree.record import MAX_NODES, DraftTree
+from vllm_msd.kernels import MAX_NODES
+from vllm_msd.tree.record import DraftTree
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def grow_tree(
         own = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
         visible = torch.cat([inherited, own], -1)
 
-    return _rerank(root_tokens, *(torch.cat(x, 1) for x in (all_scores, all_tokens, all_parents)),
-                   keep=shape.total_tokens - 1)  # fmt: skip
+    scores, tokens, parents = (torch.cat(x, 1) for x in (all_scores, all_tokens, all_parents))
+    return _rerank(root_tokens, scores, tokens, parents, keep=shape.total_tokens - 1)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

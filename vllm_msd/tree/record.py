@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_msd.kernels import MAX_NODES
 from vllm_msd.tree.relations import tree_relations
-
-MAX_NODES = 64  # one bit per node in an int64
 
 
 @dataclass(frozen=True)
@@ -64,3 +63,8 @@ class DraftTree:
         ):
             raise ValueError("parents: expected -1 at node 0 and an earlier node everywhere else")
         return cls(tokens, parents, *tree_relations(parents))
+
+    def by_request(self) -> list["DraftTree"]:
+        """The trees one by one, ``[1, T]`` each; views."""
+        relations = (self.tokens, self.parents, self.depths, self.ancestors)
+        return [DraftTree(*one) for one in zip(*(x.split(1) for x in relations), strict=True)]

@@ -7,8 +7,6 @@ depths and masks can never disagree.
 import torch
 from torch import Tensor
 
-JUMPS = 6  # 2 ** 6 = 64: as many steps up as a tree of 64 nodes can need
-
 
 def chain_parents(batch: int, num_nodes: int, device: torch.device | str = "cpu") -> Tensor:
     """``[batch, num_nodes]`` int64 parents of chains: -1, 0, 1, ..."""
@@ -30,7 +28,7 @@ def tree_relations(parents: Tensor) -> tuple[Tensor, Tensor]:
     up = parents.clamp(min=0)
     ancestors = (torch.ones_like(parents) << node) | (torch.ones_like(parents) << up)
     depths = (up != node).to(parents.dtype)
-    for _ in range(min(JUMPS, (parents.shape[1] - 1).bit_length())):
+    for _ in range((parents.shape[1] - 1).bit_length()):
         ancestors = ancestors | ancestors.gather(1, up)
         depths = depths + depths.gather(1, up)
         up = up.gather(1, up)

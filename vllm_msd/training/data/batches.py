@@ -40,6 +40,13 @@ class Example:
     slot: int
     rendered: Rendered | None
 
+    @property
+    def content(self) -> Rendered:
+        """The rendered record. Raises RuntimeError where it is only in the feature cache."""
+        if self.rendered is None:
+            raise RuntimeError(f"record {self.key} was left to the feature cache, which lacks it")
+        return self.rendered
+
 
 @dataclass
 class StepData:

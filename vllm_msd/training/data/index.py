@@ -20,7 +20,7 @@ from vllm_msd.training.data.records import BadRecordError, Record, parse_record
 # Bytes taken at once. JSON's own characters are ASCII, which UTF-8 uses for nothing else, so the
 # search for records' ends works on bytes read as Latin-1.
 _CHUNK = 1 << 20
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 # What one image adds to a record's length estimate, in bytes of text.
 _IMAGE_BYTES = 2400
 
@@ -139,7 +139,7 @@ def _scan_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]
     decoder = json.JSONDecoder()
     buffer = file.read(_CHUNK).decode("latin-1")
     skip = 3 if buffer.startswith("\xef\xbb\xbf") else 0
-    position = _SPACE.match(buffer, skip).end() + 1  # past the bracket
+    position = _after_space(buffer, skip) + 1  # past the bracket
     base, line = 0, 1 + buffer.count("\n", 0, position)
     is_first = True
 
@@ -155,7 +155,7 @@ def _scan_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]
         """Move to the next character that is not space; empty at the end."""
         nonlocal position, line
         while True:
-            end = _SPACE.match(buffer, position).end()
+            end = _after_space(buffer, position)
             line += buffer.count("\n", position, end)
             position = end
             if position < len(buffer) or not more():
@@ -198,6 +198,12 @@ def _scan_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]
         yield base + position, base + end, line, raw
         line += buffer.count("\n", position, end)
         position = end
+
+
+def _after_space(text: str, position: int) -> int:
+    """Where the next character that is not space stands; the end where there is none."""
+    found = _NOT_SPACE.search(text, position)
+    return found.start() if found else len(text)
 
 
 def _reason(error: ValueError) -> str:

@@ -65,12 +65,13 @@ class Renderer:
                 "the target's tokenizer is not a fast one (tokenizer.json), which finding the "
                 "replies needs. Convert it with transformers' AutoTokenizer and save it."
             )
-        self.template = getattr(processor, "chat_template", None)
-        if not self.template:
+        template: str | None = getattr(processor, "chat_template", None)
+        if not template:
             raise ConfigError(
                 "the target's processor has no chat template, which training data is rendered "
                 "with. Add a chat_template.jinja to the target's folder."
             )
+        self.template = template
 
     def render(self, record: Record) -> Rendered:
         """Render a conversation; whole turns are dropped from its end while it is too long.
@@ -205,13 +206,14 @@ class Renderer:
                 "the replies cannot be found in the target's chat template: it rewrites earlier "
                 "turns and has no {% generation %} markers"
             )
-        rendered, spans = render_jinja_template(
+        found: Any = render_jinja_template(
             [messages], chat_template=self.template, return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )  # fmt: skip
+        rendered, spans = found
         if rendered[0] != text:
             raise BadRecordError("the chat template gives another text with generation markers")
-        return [tuple(span) for span in spans[0]]
+        return [(start, end) for start, end in spans[0]]
 
     def _mark(
         self, ids: Tensor, offsets: list[tuple[int, int]], start: int, end: int, mask: Tensor

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from vllm_msd.errors import ConfigError
+from vllm_msd.vllm_plugin import METHOD
 from vllm_msd.vllm_plugin.configuration import guards, resolve, values
 from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-METHOD = "msd"
 _SPEC_FLAGS = (
     ("--spec-method", "spec_method", "method"),
     ("--spec-model", "spec_model", "model"),

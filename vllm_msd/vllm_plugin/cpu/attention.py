@@ -20,9 +20,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
 )
 
+from vllm_msd.tree import TreeRows
 from vllm_msd.vllm_plugin.cpu.paths import PathCall, PathPlan, plan_paths
 from vllm_msd.vllm_plugin.cpu.scratch import KERNEL_BLOCK_SIZE, Scratch
-from vllm_msd.vllm_plugin.trees.rows import ATTRIBUTE, TreeRows
+from vllm_msd.vllm_plugin.trees.attention import replace_backend, trees_for
 
 
 def register() -> None:
@@ -32,18 +33,11 @@ def register() -> None:
     layers ask for the backend as they are built. Without trees on the metadata the backend does
     what its parent does, on kernel blocks of `KERNEL_BLOCK_SIZE` slots.
     """
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    path = f"{TreeCPUAttentionBackend.__module__}.{TreeCPUAttentionBackend.__qualname__}"
-    if AttentionBackendEnum.CPU_ATTN.get_path() != path:
-        register_backend(AttentionBackendEnum.CPU_ATTN, path)
-        # An engine without trees may have been here before.
-        selector._cached_get_attn_backend.cache_clear()
+    replace_backend("CPU_ATTN", TreeCPUAttentionBackend)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
-    """CPU_ATTN that follows the trees on the metadata (`attention.TreeRows`)."""
+    """CPU_ATTN that follows the trees on the metadata (`vllm_msd.tree.TreeRows`)."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
@@ -93,8 +87,8 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         kv_cache: Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """As the parent's; the metadata may carry trees.
 
@@ -102,12 +96,10 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             RuntimeError: trees without scratch blocks.
             ValueError: trees that do not fit the batch.
         """
-        tree = getattr(attn_metadata, ATTRIBUTE, None)
-        if tree is None or not tree.applies_to(layer):
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
+        tree = trees_for(layer, attn_metadata)
+        if tree is None:
+            usual = (layer, query, key, value, kv_cache, attn_metadata, output)
+            return super().forward(*usual, *args, **kwargs)
         if self.scratch is None:
             raise RuntimeError("Draft trees on the CPU: bind_scratch was not called")
 
@@ -198,7 +190,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         table[call.scratch_cells.numpy()] = call.scratch_blocks.numpy() + scratch.first_block
 
 
-def settle_cpu(tree: TreeRows, nodes: Tensor, root_rows: Tensor) -> None:
+def settle_cpu(tree: TreeRows, root_rows: Tensor, nodes: Tensor) -> None:
     """Move the accepted nodes' keys and values to the slots of a chain, in every target layer.
 
     The rows are written again from the copies that the forward pass kept, so call it before the
@@ -206,8 +198,8 @@ def settle_cpu(tree: TreeRows, nodes: Tensor, root_rows: Tensor) -> None:
 
     Args:
         tree: the step's trees, as the forward pass had them.
-        nodes: ``[R, T]`` int64 accepted nodes, the root first, padded with -1.
         root_rows: ``[R]`` int64 row of each request's root in the step.
+        nodes: ``[R, T]`` int64 accepted nodes, the root first, padded with -1.
 
     Raises:
         ValueError: a node that has no row in its request's tree.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_msd.vllm_plugin.trees.rows import TreeRows
+from vllm_msd.tree import TreeRows
 
 _UNSIGNED = (1 << 64) - 1
 

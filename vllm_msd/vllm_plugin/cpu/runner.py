@@ -24,21 +24,22 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_msd.tree import settle_index
+from vllm_msd.tree import DraftTree, TreeStore
+from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
 from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
 from vllm_msd.vllm_plugin.cpu.sampler import TreeRejectionSampler
 from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch, scratch_blocks, with_scratch
-from vllm_msd.vllm_plugin.cpu.step import StepTrees
+from vllm_msd.vllm_plugin.cpu.step import StepNodes
 from vllm_msd.vllm_plugin.cpu.tree_drafter import TreeProposer
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
+from vllm_msd.vllm_plugin.trees.attention import attach
 from vllm_msd.vllm_plugin.trees.constrained import needs_chain
-from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach
 
 
 class TreeModelRunner(CPUModelRunner):
     """Verifies and drafts trees where the base class verifies and drafts chains.
 
-    Order of a step: `_prepare_inputs` takes one snapshot of its trees, which everything after it
+    Order of a step: `_prepare_inputs` puts its trees into the store, which everything after it
     reads; `_build_attention_metadata`; the forward pass; `_sample` accepts and settles; then
     `propose_draft_token_ids` drafts the next trees.
     """
@@ -52,14 +53,15 @@ class TreeModelRunner(CPUModelRunner):
         processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(vllm_config, device, False))
         processors.argmax_invariant.append(MinPLogitsProcessor(vllm_config, device, False))
         self.drafter = TreeProposer(vllm_config, device, self)
+        num_nodes = tree_config(vllm_config).num_nodes + 1
+        self.store = TreeStore(self.max_num_reqs, self.max_num_tokens, num_nodes)
         self.rejection_sampler = TreeRejectionSampler(
-            self.sampler, vllm_config.speculative_config, device
+            self.sampler, self.store, vllm_config.speculative_config, device
         )
-        # Tokens and parents drafted last for each request: by its id, as rows of a batch move.
-        self.drafted: dict[str, tuple[Tensor, Tensor]] = {}
-        self.step: StepTrees | None = None
-        self.tree_rows: TreeRows | None = None
-        self.settled_rows: Tensor | None = None
+        # The tree drafted last for each request: by its id, as rows of a batch move.
+        self.drafted: dict[str, DraftTree] = {}
+        self.step: StepNodes | None = None
+        self.path_rows: Tensor | None = None
 
     @override
     def initialize_kv_cache_tensors(
@@ -92,13 +94,13 @@ class TreeModelRunner(CPUModelRunner):
         The base class has computed the KV slots from the linear positions by then.
         """
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        self.step = self.tree_rows = self.settled_rows = None
+        self.step = self.path_rows = None
         metadata = result[1]
         if metadata is not None and metadata.max_spec_len > 0:
             drafted = [self.drafted.get(req_id) for req_id in self.input_batch.req_ids]
-            self.step = StepTrees.build(metadata, drafted)
+            self.step = StepNodes.build(self.store, metadata, drafted)
             if self.step.has_trees:
-                self._rotary_positions()[..., self.step.rows] += self.step.rotary_offsets()
+                self._rotary_positions()[..., self.step.rows] += self.step.shift
         self.rejection_sampler.step = self.step
         return result
 
@@ -115,30 +117,37 @@ class TreeModelRunner(CPUModelRunner):
             num_tokens, num_reqs, max_query_len, *args, **kwargs
         )
         step = self.step
-        if step is not None and step.has_trees:
-            starts = torch.where(step.is_tree, self.seq_lens[:num_reqs] - step.num_nodes, -1)
-            ancestors = torch.zeros(num_tokens, dtype=torch.int64)
-            ancestors[step.rows] = step.in_node_order(step.tree.ancestors)
-            self.tree_rows = TreeRows(starts.int(), ancestors, is_draft=False)
-            attach(result[0], self.tree_rows)
+        if step is not None:
+            tree = self.store.begin_step(
+                step.slots,
+                step.nodes,
+                step.rows,
+                step.row_start,
+                self.seq_lens[:num_reqs],
+                num_reqs,
+                num_tokens,
+            )
+            if step.has_trees:
+                attach(result[0], tree)
         return result
 
     @override
     def _sample(
         self, logits: Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
-        """As the base class; then settle the trees: KV cache, token ids and positions."""
+        """As the base class; then settle the KV cache, and gather token ids and positions."""
         output = super()._sample(logits, spec_decode_metadata)
         step = self.step
         if step is not None and step.has_trees:
-            nodes = self.rejection_sampler.acceptance.nodes
-            settle_cpu(self.tree_rows, nodes, step.root_rows)
-            num_rows = len(self.tree_rows.ancestors)
-            self.settled_rows = settle_index(step.root_rows, nodes, num_rows)
-            input_ids = self.input_ids.gpu[:num_rows]
-            input_ids.copy_(input_ids[self.settled_rows])
-            self._rotary_positions()[..., step.rows] -= step.rotary_offsets()
-            self.tree_rows = None  # the attention backend keeps copies of keys and values on it
+            tree, root_rows = self.store.step.tree, self.store.step.root_rows
+            settle_cpu(tree, root_rows, self.store.accepted_nodes())
+            tree.derived.clear()  # the attention backend keeps copies of keys and values there
+            num_rows = len(tree.ancestors)
+            self.path_rows = self.store.path_rows(num_rows)
+            if self.path_rows is not None:
+                input_ids = self.input_ids.gpu[:num_rows]
+                input_ids.copy_(input_ids[self.path_rows])
+            self._rotary_positions()[..., step.rows] -= step.shift
         return output
 
     @override
@@ -151,16 +160,15 @@ class TreeModelRunner(CPUModelRunner):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | list[list[int]]:
-        """As the base class, from settled hidden states; remembers the trees."""
-        if self.settled_rows is not None:
-            hidden_states = hidden_states[self.settled_rows]
+        """As the base class, from the accepted path's hidden states; remembers the trees."""
+        if self.path_rows is not None:
+            hidden_states = hidden_states[self.path_rows]
         req_ids = self.input_batch.req_ids
         self.drafter.as_chain = torch.tensor([self._needs_chain(req_id) for req_id in req_ids])
         tokens = super().propose_draft_token_ids(
             scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *args, **kwargs
         )
-        trees = zip(*self.drafter.drafted, strict=True)
-        self.drafted.update(zip(req_ids, trees, strict=True))
+        self.drafted.update(zip(req_ids, self.drafter.drafted.by_request(), strict=True))
         return tokens
 
     def _needs_chain(self, req_id: str) -> bool:

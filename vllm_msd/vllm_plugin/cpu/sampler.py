@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from typing_extensions import override
+from vllm.config import SpeculativeConfig
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import (
@@ -17,11 +18,12 @@ from vllm.v1.sample.logits_processor.builtin import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_msd.tree import Acceptance, accept
+from vllm_msd.tree import TreeStore
 from vllm_msd.vllm_plugin.cpu.seeds import DrawsByDepth
-from vllm_msd.vllm_plugin.cpu.step import StepTrees
+from vllm_msd.vllm_plugin.cpu.step import StepNodes
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -32,12 +34,21 @@ class TreeRejectionSampler(RejectionSampler):
     chains. The draws are those of vLLM's sampler without speculation, with a row for each node.
 
     Attributes:
-        step: the trees of the step, set before each call; None: as the base class.
-        acceptance: what was accepted in the last call with trees.
+        store: the trees.
+        step: the nodes of the step, set before each call; None: as the base class.
     """
 
-    step: StepTrees | None = None
-    acceptance: Acceptance | None = None
+    step: StepNodes | None = None
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        store: TreeStore,
+        spec_config: SpeculativeConfig | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(sampler, spec_config, device)
+        self.store = store
 
     @override
     def forward(
@@ -65,28 +76,27 @@ class TreeRejectionSampler(RejectionSampler):
             drawn, processed = self.sampler.sample(logits, per_node)
             shown = shown if processed is None else processed
 
-        accepted = accept(step.tree, step.by_request(drawn.long()), step.num_nodes)
-        self.acceptance = accepted
+        requests = slice(len(step.row_start) - 1)
+        accepted = self.store.accept(requests, step.row_start, drawn.long(), step.tokens)
+        columns = metadata.max_spec_len + 1  # no path of this step is longer
+        tokens, nodes = accepted.tokens[:, :columns], accepted.nodes[:, :columns]
         if draws is not None:
-            draws.settle((accepted.tokens >= 0).sum(1).tolist())
+            draws.settle((tokens >= 0).sum(1).tolist())
         logprobs = None
-        if sampling_metadata.max_num_logprobs is not None:
-            logprobs = self._path_logprobs(
-                step, accepted, shown, sampling_metadata.max_num_logprobs
-            )
-        return SamplerOutput(
-            sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=logprobs
-        )
+        if (count := sampling_metadata.max_num_logprobs) is not None:
+            rows = step.row_start[:-1, None] + nodes.clamp(min=0)
+            logprobs = self._logprobs(shown[rows.flatten()], tokens.flatten(), count)
+        return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=logprobs)
 
     def _draws(
-        self, step: StepTrees, sampling_metadata: SamplingMetadata, logits: Tensor
+        self, step: StepNodes, sampling_metadata: SamplingMetadata, logits: Tensor
     ) -> DrawsByDepth:
         """The generators of the seeded requests' nodes."""
         row = torch.zeros_like(logits[:1])
         return DrawsByDepth(
             sampling_metadata.generators,
-            [*step.first_logits.tolist(), len(logits)],
-            step.in_node_order(step.tree.depths).tolist(),
+            step.row_start.tolist(),
+            (step.nodes + step.shift).tolist(),
             lambda generator: self.sampler.topk_topp_sampler(row, {0: generator}, None, None),
         )
 
@@ -108,15 +118,11 @@ class TreeRejectionSampler(RejectionSampler):
                 _add_bias(biased, processor, metadata.num_draft_tokens)
         logits[inner] = self.apply_logits_processors(biased, sampling_metadata, metadata)
 
-    def _path_logprobs(
-        self, step: StepTrees, accepted: Acceptance, logits: Tensor, max_num_logprobs: int
-    ) -> LogprobsTensors:
-        """Logprobs after the accepted nodes, ``[R * T]``; any at the padding, vLLM drops them."""
-        rows = step.first_logits[:, None] + accepted.nodes.clamp(min=0)
-        logits = logits[rows.flatten()].to(torch.float32)
+    def _logprobs(self, logits: Tensor, tokens: Tensor, max_num_logprobs: int) -> LogprobsTensors:
+        """Logprobs of ``tokens [rows]``; any at the padding (-1), vLLM drops them."""
+        logits = logits.to(torch.float32)
         values = logits if self.is_logits_logprobs_mode else self.sampler.compute_logprobs(logits)
-        tokens = accepted.tokens.clamp(min=0).flatten()
-        return self.sampler.gather_logprobs(values, max_num_logprobs, tokens)
+        return self.sampler.gather_logprobs(values, max_num_logprobs, tokens.clamp(min=0))
 
 
 def _leaves_logits_alone(sampling_metadata: SamplingMetadata) -> bool:
@@ -149,12 +155,12 @@ def _add_bias(logits: Tensor, processor: LogitBiasLogitsProcessor, num_rows: lis
 
 
 def _per_node(
-    step: StepTrees, sampling_metadata: SamplingMetadata, generators: dict[int, torch.Generator]
+    step: StepNodes, sampling_metadata: SamplingMetadata, generators: dict[int, torch.Generator]
 ) -> SamplingMetadata:
     """What the draws depend on, with a row for each node in the place of one for each request."""
 
     def spread(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.repeat_interleave(step.num_nodes, 0)
+        return None if values is None else values[step.slots]
 
     min_p = LogitsProcessors()
     for processor in sampling_metadata.logitsprocs.argmax_invariant:

@@ -12,22 +12,28 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
-from vllm_msd.tree import DraftTree, grow_tree
+from vllm_msd.tree import (
+    DraftLevels,
+    DraftTree,
+    TreeRows,
+    draft_level,
+    grow_tree,
+    lay_out_chains,
+)
 from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
 from vllm_msd.vllm_plugin.cpu.chain_drafter import MSDProposer
-from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
-from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach, draft_level
+from vllm_msd.vllm_plugin.trees.attention import attach
 
 
 class TreeProposer(MSDProposer):
     """Drafts trees with an MSD draft under Model Runner V1.
 
     Attributes:
-        drafted: tokens and parents of the trees drafted last, ``[R, N + 1]`` int64 each.
+        drafted: the trees drafted last, ``[R, N + 1]``.
         as_chain: ``[R]`` bool, which requests of the batch need chains; set before `propose`.
     """
 
-    drafted: tuple[Tensor, Tensor]
+    drafted: DraftTree
     as_chain: Tensor
 
     def __init__(self, vllm_config, device, runner=None) -> None:
@@ -75,11 +81,8 @@ class TreeProposer(MSDProposer):
             self._last_hidden,
             common_attn_metadata.block_table_tensor,
         )
-        tokens, parents = tree.tokens, tree.parents
-        if self.as_chain.any():
-            tokens, parents = lay_out_chains(tokens, parents, self.as_chain)
-        self.drafted = (tokens, parents)
-        return tokens[:, 1 : num_speculative_tokens + 1]
+        self.drafted = lay_out_chains(tree, self.as_chain) if self.as_chain.any() else tree
+        return self.drafted.tokens[:, 1 : num_speculative_tokens + 1]
 
     @override
     def _sample_draft_tokens(
@@ -90,21 +93,21 @@ class TreeProposer(MSDProposer):
         return hidden_states.new_zeros(len(hidden_states), dtype=torch.int64), None
 
     def _grow(
-        self, root_tokens: Tensor, first_slots: Tensor, hidden: Tensor, block_table: Tensor
+        self, root_tokens: Tensor, first: Tensor, hidden: Tensor, block_table: Tensor
     ) -> DraftTree:
         """Grow the trees of B requests.
 
         Args:
             root_tokens: ``[B]`` int64 the sampled tokens.
-            first_slots: ``[B]`` int64 position behind each request's last valid row.
+            first: ``[B]`` int64 position behind each request's last valid row.
             hidden: ``[B, H]`` the draft's output of that row.
             block_table: ``[B, blocks]`` int32 of the draft's cache.
         """
         k = self.shape.top_k
         batch, num_rows = len(root_tokens), len(root_tokens) * k
         query_start = self.arange[: batch + 1] * k
-        slots = self._slots(first_slots, block_table)
-        tree_start = first_slots.int()
+        levels = DraftLevels(first, self.shape.depth, k, self.max_model_len)
+        tree_start = first.int()  # also past the limit: older levels' rows are read from copies
         tree_rows: TreeRows | None = None
 
         def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
@@ -113,19 +116,18 @@ class TreeProposer(MSDProposer):
             attention = CommonAttentionMetadata(
                 query_start_loc=query_start,
                 query_start_loc_cpu=query_start.cpu(),
-                seq_lens=(first_slots + (level + 1) * k).int(),
+                seq_lens=levels.seq_lens(level).int(),
                 num_reqs=batch,
                 num_actual_tokens=num_rows,
                 max_query_len=k,
                 max_seq_len=self.max_model_len,
                 block_table_tensor=block_table,
-                slot_mapping=slots[:, level].flatten(),
+                slot_mapping=self._slots(*levels.kv_positions(level), block_table),
             )
-            positions = (first_slots + level).clamp(max=self.max_model_len - 1)
             out = self._run_level(
                 tokens.flatten(),
                 hidden.flatten(0, 1),
-                positions.repeat_interleave(k),
+                levels.rotary_positions(level),
                 attention,
                 tree_rows,
             )
@@ -135,15 +137,11 @@ class TreeProposer(MSDProposer):
         logits = self.model.compute_logits(hidden)
         return grow_tree(root_tokens, logits, hidden, expand, self.shape)
 
-    def _slots(self, first_slots: Tensor, block_table: Tensor) -> Tensor:
-        """Cache slots of all levels' rows ``[B, levels, top_k]``, -1 past the model's limit."""
-        num_rows = self.shape.depth * self.shape.top_k
-        position = first_slots[:, None] + torch.arange(num_rows, device=self.device)
-        inside = position.clamp(max=self.max_model_len - 1)
-        block = block_table.gather(1, inside // self.block_size).long()
-        slots = block * self.block_size + inside % self.block_size
-        slots.masked_fill_(position >= self.max_model_len, PADDING_SLOT_ID)
-        return slots.unflatten(1, (self.shape.depth, self.shape.top_k))
+    def _slots(self, positions: Tensor, is_past: Tensor, block_table: Tensor) -> Tensor:
+        """Cache slots of a level's rows, from `DraftLevels.kv_positions`; ``[B * top_k]``."""
+        blocks = block_table.gather(1, (positions // self.block_size).view(len(block_table), -1))
+        slots = blocks.flatten().long() * self.block_size + positions % self.block_size
+        return slots.masked_fill_(is_past, PADDING_SLOT_ID)
 
     def _run_level(
         self,

@@ -31,7 +31,7 @@ from vllm_msd.kernels import TreeAttentionWorkspace, tree_attention
 from vllm_msd.kernels.tree_attention.api import HEAD_SIZES
 from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.rows import ATTRIBUTE
+from vllm_msd.vllm_plugin.trees.attention import replace_backend, trees_for
 
 # Larger batches are split less often; 67 MB for 32 heads of size 128.
 WORKSPACE_TOKENS = 128
@@ -49,9 +49,6 @@ def register() -> None:
         ConfigError: the platform is not CUDA.
         PatchError: vLLM's backend has changed.
     """
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
     check_overrides(TreeTritonAttentionImpl)
 
     if not current_platform.is_cuda():
@@ -59,11 +56,7 @@ def register() -> None:
             f"draft trees run on NVIDIA GPUs and on the CPU, not on {current_platform.device_name}."
             f" {_CHAIN}"
         )
-    path = f"{TreeTritonAttentionBackend.__module__}.{TreeTritonAttentionBackend.__qualname__}"
-    if AttentionBackendEnum.TRITON_ATTN.get_path() != path:
-        register_backend(AttentionBackendEnum.TRITON_ATTN, path)
-        # An engine without trees may have been here before.
-        selector._cached_get_attn_backend.cache_clear()
+    replace_backend("TRITON_ATTN", TreeTritonAttentionBackend)
 
 
 def check_backend(layers: Iterable[Any]) -> None:
@@ -81,7 +74,7 @@ def check_backend(layers: Iterable[Any]) -> None:
 
 
 class TreeTritonAttentionBackend(TritonAttentionBackend):
-    """TRITON_ATTN that follows the trees on the metadata (`attention.TreeRows`)."""
+    """TRITON_ATTN that follows the trees on the metadata (`vllm_msd.tree.TreeRows`)."""
 
     @staticmethod
     def get_impl_cls() -> type[TreeTritonAttentionImpl]:
@@ -123,8 +116,8 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         kv_cache: Tensor,
         attn_metadata: TritonAttentionMetadata | None,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """As the parent's; the metadata may carry trees. Reads no tensor on the host.
 
@@ -132,12 +125,10 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
             RuntimeError: trees in an engine that was not made for them.
             ValueError: trees that do not fit the batch.
         """
-        tree = getattr(attn_metadata, ATTRIBUTE, None)
-        if tree is None or not tree.applies_to(layer):
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
+        tree = trees_for(layer, attn_metadata)
+        if tree is None:
+            usual = (layer, query, key, value, kv_cache, attn_metadata, output)
+            return super().forward(*usual, *args, **kwargs)
         if self.workspace is None:
             raise RuntimeError("Draft trees on the metadata of an engine that drafts none")
         rows, requests = attn_metadata.num_actual_tokens, len(attn_metadata.seq_lens)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from vllm_msd.vllm_plugin.trees.rows import TreeRows
+from vllm_msd.tree import TreeRows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,7 +60,7 @@ def bind_kv(
         from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch
 
         bind_scratch(kv_cache_config, layers)
-        return lambda tree, root_rows, nodes: settle_cpu(tree, nodes, root_rows)
+        return settle_cpu
 
     from vllm_msd.kernels import LayerCaches, settle
     from vllm_msd.vllm_plugin.gpu.attention import check_backend

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from typing_extensions import override
+from vllm.config import SpeculativeConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_msd.kernels import AcceptedPaths, accept
-from vllm_msd.tree import settle_index
+from vllm_msd.tree import TreeStore, path_index
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
-
-if TYPE_CHECKING:
-    from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 
 
 class TreeRejectionSampler(RejectionSampler):
@@ -29,32 +22,19 @@ class TreeRejectionSampler(RejectionSampler):
 
     The noise of a draw depends on the request's seed and the position alone, so a seeded request
     gets the tokens that it would get without speculation.
-
-    ``verified``: of the last requests verified, for those who want to look: ``tokens [rows]`` of
-    the nodes, ``parents [R, T]``, ``row_start [R + 1]``, and the `AcceptedPaths`.
     """
 
-    def __init__(self, sampler: Sampler, state: TreeModelState) -> None:
-        check_overrides(TreeRejectionSampler)
-        super().__init__(sampler, state.vllm_config.speculative_config, state.device)
-        self.state = state
-        self.verified: tuple[torch.Tensor, torch.Tensor, torch.Tensor, AcceptedPaths] | None = None
-        self._nodes: list[torch.Tensor] = []  # accepted nodes of each chunk of requests
-        self._processed_logprobs = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-
-    @override
-    def __call__(
+    def __init__(
         self,
-        logits: torch.Tensor,
-        input_batch: InputBatch,
-        draft_logits: torch.Tensor | None = None,
-        invalid_drafts: torch.Tensor | None = None,
-    ) -> SamplerOutput:
-        """Accept, and tell the model state which nodes."""
-        self._nodes.clear()
-        output = super().__call__(logits, input_batch, draft_logits, invalid_drafts)
-        self.state.accepted = torch.cat(self._nodes)
-        return output
+        sampler: Sampler,
+        store: TreeStore,
+        spec_config: SpeculativeConfig,
+        device: torch.device,
+    ) -> None:
+        check_overrides(TreeRejectionSampler)
+        super().__init__(sampler, spec_config, device)
+        self.store = store
+        self._processed_logprobs = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
     @override
     def _verify(
@@ -75,8 +55,8 @@ class TreeRejectionSampler(RejectionSampler):
 
         ``pos`` holds the linear positions of the rows; a row is sampled for the one of its depth.
         """
-        sampler, state = self.sampler, self.state
-        pos = pos + state.shift(expanded_idx_mapping, expanded_local_pos)
+        sampler = self.sampler
+        pos = pos + self.store.shift(expanded_idx_mapping, expanded_local_pos)
         processed = sampler.apply_sampling_params(
             logits,
             expanded_idx_mapping,
@@ -97,10 +77,7 @@ class TreeRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=sampler.use_fp64_gumbel,
         )
-        parents = state.parents[idx_mapping]
-        accepted = accept(drawn, verify_draft_sampled, parents, cu_num_logits)
-        self.verified = (verify_draft_sampled, parents, cu_num_logits, accepted)
-        self._nodes.append(accepted.nodes)
+        accepted = self.store.accept(idx_mapping, cu_num_logits, drawn, verify_draft_sampled)
         if self._processed_logprobs or sampler.return_sampling_mask:
             processed = processed[_path_rows(cu_num_logits, accepted.nodes, len(processed))]
         return processed, accepted.tokens, (accepted.lengths + 1).int()
@@ -117,7 +94,7 @@ class TreeRejectionSampler(RejectionSampler):
     ) -> LogprobsTensors | None:
         """As the base class, whose i-th row is the i-th accepted token's; here they are nodes."""
         if max_num_logprobs != NO_LOGPROBS and not self._processed_logprobs:
-            logits = logits[_path_rows(cu_num_logits, self._nodes[-1], len(logits))]
+            logits = logits[_path_rows(cu_num_logits, self.store.accepted[-1].nodes, len(logits))]
         return super()._get_logprobs_tensors(
             sampled, num_sampled, logits, cu_num_logits, cu_num_logits_np, max_num_logprobs
         )
@@ -125,4 +102,4 @@ class TreeRejectionSampler(RejectionSampler):
 
 def _path_rows(cu_num_logits: torch.Tensor, nodes: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Where to find the rows of the accepted nodes, each request's first ones in their order."""
-    return settle_index(cu_num_logits[:-1].long(), nodes, num_rows)
+    return path_index(cu_num_logits[:-1].long(), nodes, num_rows)

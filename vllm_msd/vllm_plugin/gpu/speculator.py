@@ -1,6 +1,6 @@
 """Model Runner V2: drafts a tree for each request instead of a chain.
 
-The draft's prefill is vLLM's own, on rows that acceptance has settled into a chain. The levels
+The draft's prefill is vLLM's own, on rows gathered along the accepted path. The levels
 after it run eagerly, also where the target runs in CUDA graphs.
 """
 
@@ -31,21 +31,25 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.tree import DraftTree, grow_tree
+from vllm_msd.tree import (
+    DraftLevels,
+    DraftTree,
+    TreeRows,
+    draft_level,
+    grow_tree,
+    lay_out_chains,
+)
 from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
 from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.constrained import lay_out_chains
-from vllm_msd.vllm_plugin.trees.rows import TreeRows, attach, draft_level
+from vllm_msd.vllm_plugin.trees.attention import attach
 
 
 class TreeSpeculator(EagleSpeculator):
     """EAGLE's speculator, growing a tree from the draft's last row on.
 
-    A level feeds ``top_k`` rows a request to the draft. Row j of level l (from 0) has rotary
-    position ``first + l`` and KV slot ``first + l * top_k + j``, where ``first`` is the position
-    after the draft's last real row; rows past the model's limit get no slot.
+    A level feeds ``top_k`` rows a request to the draft, where `DraftLevels` says they stand.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -126,11 +130,11 @@ class TreeSpeculator(EagleSpeculator):
         """Draft a tree for each request of the batch.
 
         Returns:
-            ``[R, num_speculative_tokens]`` int64, the nodes' tokens; their parents go to the model
-            state.
+            ``[R, num_speculative_tokens]`` int64, the nodes' tokens; their parents go to the
+            store.
         """
         num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping
-        rows = self.model_state.settled_rows(len(last_hidden_states)) if not dummy_run else None
+        rows = self.model_state.store.path_rows(len(last_hidden_states)) if not dummy_run else None
         if rows is not None:
             input_batch.input_ids.copy_(input_batch.input_ids[rows])
             last_hidden_states = last_hidden_states[rows]
@@ -163,13 +167,8 @@ class TreeSpeculator(EagleSpeculator):
         if not dummy_run:  # a dummy batch names the slots of real requests
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
-                tree = DraftTree.from_parents(
-                    *lay_out_chains(
-                        tree.tokens, tree.parents, async_tensor_h2d(as_chain, device=self.device)
-                    ),
-                    check=False,
-                )
-            self.model_state.set_trees(slots, tree)
+                tree = lay_out_chains(tree, async_tensor_h2d(as_chain, device=self.device))
+            self.model_state.store.put(slots, tree)
         self.draft_tokens[:num_reqs] = tree.tokens[:, 1:]
         return self.draft_tokens[:num_reqs]
 
@@ -187,17 +186,17 @@ class TreeSpeculator(EagleSpeculator):
         num_reqs = len(root_tokens)
         num_rows = num_reqs * k
         last_hidden = self.hidden_states[:num_reqs].clone()
-        first = buffers.positions[:num_reqs] + 1
-        fits = first + self.shape.depth * k <= self.max_model_len
+        levels = DraftLevels(
+            buffers.positions[:num_reqs] + 1, self.shape.depth, k, self.max_model_len
+        )
+        tree_start = levels.tree_start()
         tree: TreeRows | None = None
-        tree_start = torch.where(fits, first, -1).int()
         buffers.query_start_loc.copy_(self.query_starts.clamp(max=num_rows))
         longest = int(seq_lens_cpu.max()) + self.shape.depth * k
         self.draft_max_seq_len = min(longest, self.max_model_len)
         step = BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.NONE, num_tokens=num_rows, num_reqs=num_reqs
         )
-        beam = torch.arange(k, device=first.device)
 
         def expand(
             tokens: torch.Tensor, hidden: torch.Tensor, visible: torch.Tensor, level: int
@@ -208,12 +207,9 @@ class TreeSpeculator(EagleSpeculator):
             self.hidden_states[:num_rows] = hidden.flatten(0, 1)
             metadata = slot_mappings = None
             if with_attention:
-                slots = (first[:, None] + level * k + beam).flatten()
-                slot_mappings = self._slot_mappings(slots, num_reqs)
-                lengths = first + (level + 1) * k
-                buffers.seq_lens[:num_reqs] = lengths.clamp(max=self.max_model_len)
-            rotary = (first + level).clamp(max=self.max_model_len - 1)
-            buffers.positions[:num_rows] = rotary.repeat_interleave(k)
+                slot_mappings = self._slot_mappings(*levels.kv_positions(level), num_reqs)
+                buffers.seq_lens[:num_reqs] = levels.seq_lens(level)
+            buffers.positions[:num_rows] = levels.rotary_positions(level)
             if with_attention:
                 metadata = self._build_uniform_attn_metadata(
                     step, num_reqs, k, seq_lens_cpu, (level + 1) * k
@@ -226,18 +222,15 @@ class TreeSpeculator(EagleSpeculator):
         root_logits = self.compute_draft_logits(last_hidden, 0)
         return grow_tree(root_tokens, root_logits, last_hidden, expand, self.shape)
 
-    def _slot_mappings(self, positions: torch.Tensor, num_reqs: int) -> dict[str, torch.Tensor]:
-        """KV slots of a level's rows by layer; none past the model's limit.
-
-        Args:
-            positions: ``[R * k]`` int64, linear.
-            num_reqs: R.
-        """
+    def _slot_mappings(
+        self, positions: torch.Tensor, is_past: torch.Tensor, num_reqs: int
+    ) -> dict[str, torch.Tensor]:
+        """KV slots of a level's rows by layer, from `DraftLevels.kv_positions` of R requests."""
         slots = self.block_tables.compute_slot_mappings(
             self.idx_mapping[:num_reqs],
             self.input_buffers.query_start_loc[: num_reqs + 1],
-            positions.clamp(max=self.max_model_len - 1),
+            positions,
             len(positions),
         )
-        slots.masked_fill_(positions >= self.max_model_len, PAD_SLOT_ID)
+        slots.masked_fill_(is_past, PAD_SLOT_ID)
         return build_slot_mappings_by_layer(slots, self.kv_cache_config)

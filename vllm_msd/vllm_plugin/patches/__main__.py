@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 from vllm_msd.vllm_plugin.patches.ledger import PATCHES, markdown_table
-from vllm_msd.vllm_plugin.patches.patching import check_source, check_version, version_in_source
+from vllm_msd.vllm_plugin.patches.patching import (
+    PatchError,
+    check_source,
+    check_version,
+    version_in_source,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown_table())
         return 0
     version = args.version or version_in_source(args.check_source)
-    check_version(version)
+    try:
+        check_version(version)
+    except PatchError as error:
+        parser.error(str(error))
     problems = check_source(args.check_source, version, PATCHES)
     print("\n".join(problems) or f"{len(PATCHES)} patch points fit vLLM {version}")
     return 1 if problems else 0

@@ -1,8 +1,8 @@
 """How vLLM is patched: one frozen record for each replaced attribute.
 
 A record names its target and the parameters the target must have in each supported version. All
-records are checked before the first is applied, so a renamed or changed patch point stops vLLM at
-load with a message instead of silently doing nothing. The records themselves are in `patches`.
+records are checked, and all replacements made, before the first is put in place: a renamed or
+changed patch point leaves vLLM untouched, with a message. The records themselves are in `ledger`.
 """
 
 import ast
@@ -16,18 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.errors import VLLM_MISSING
+from vllm_msd.errors import VLLM_MISSING, MSDError
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 SUPPORTED_RANGE = f"{SUPPORTED_VERSIONS[0]}-{SUPPORTED_VERSIONS[-1]}"
 _MARK = "__msd_patch__"
 _WAY_OUT = (
-    f"Install a vLLM in the range {SUPPORTED_RANGE}, or run vLLM without MSD by uninstalling "
-    "vllm-msd or by naming only other plugins in VLLM_PLUGINS."
+    f"Install a vLLM in the range {SUPPORTED_RANGE}, or leave the speculative method 'msd' out: "
+    "without it vLLM runs as if vllm-msd were not installed."
 )
 
 
-class PatchError(RuntimeError):
+class PatchError(MSDError):
     """vLLM is not what a patch expects; the message names its version and the supported range."""
 
 
@@ -54,6 +54,16 @@ def check_version(version: str | None = None) -> None:
     version = vllm_version() if version is None else version
     if minor_version(version) not in SUPPORTED_VERSIONS:
         raise PatchError(f"vllm-msd supports vLLM {SUPPORTED_RANGE}, got {version}. {_WAY_OUT}")
+
+
+def setup_failed(error: Exception) -> PatchError:
+    """What to raise when MSD is asked for, where its set-up ended with an error nobody foresaw."""
+    failed = PatchError(
+        f"vllm-msd could not be set up with vLLM {vllm_version()} "
+        f"({type(error).__name__}: {error}). Supported: vLLM {SUPPORTED_RANGE}. {_WAY_OUT}"
+    )
+    failed.__cause__ = error
+    return failed
 
 
 @dataclass(frozen=True)
@@ -144,27 +154,43 @@ class Patch:
             if text not in _source_of(module):
                 raise self._changed(f"{module} no longer contains {text!r}")
 
-    def apply(self) -> None:
-        """Verify the target, then put the replacement there; PatchError as in `verify`."""
+    def replacement(self) -> Any:
+        """Verify the target and make what takes its place; PatchError as in `verify`."""
         self.verify()
-        owner = self._owner()
-        stored = vars(owner)[self.path[-1]]
         module, _, function = self.make.partition(":")
         make: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
-        replacement = make(_unwrap(stored))
+        replacement = make(self.current())
         setattr(replacement, _MARK, self.name)
-        if isinstance(stored, staticmethod | classmethod):
-            replacement = type(stored)(replacement)
-        setattr(owner, self.path[-1], replacement)
+        return replacement
+
+    def put(self, replacement: Any) -> None:
+        """Put what `replacement` made in the target's place."""
+        replace_attribute(self._owner(), self.path[-1], lambda _: replacement)
 
 
-def apply_all(patches: tuple[Patch, ...]) -> None:
-    """Apply what is not applied yet: all records are verified before the first is applied."""
+def prepare(patches: tuple[Patch, ...]) -> list[tuple[Patch, Any]]:
+    """Verify what is not in place yet and make its replacements; vLLM is not changed.
+
+    Raises:
+        PatchError: a target is missing or changed.
+    """
     pending = [patch for patch in patches if not patch.is_applied()]
-    for patch in pending:
-        patch.verify()
-    for patch in pending:
-        patch.apply()
+    return [(patch, patch.replacement()) for patch in pending]
+
+
+def put_in_place(ready: list[tuple[Patch, Any]]) -> None:
+    """Change vLLM: all that `prepare` returned."""
+    for patch, replacement in ready:
+        patch.put(replacement)
+
+
+def replace_attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put ``make(original)`` in an attribute's place; a static or class method stays one."""
+    stored = vars(owner)[name]
+    replacement = make(_unwrap(stored))
+    if isinstance(stored, staticmethod | classmethod):
+        replacement = type(stored)(replacement)
+    setattr(owner, name, replacement)
 
 
 def check_source(root: Path, version: str, patches: tuple[Patch, ...]) -> list[str]:

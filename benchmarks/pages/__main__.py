@@ -1,0 +1,94 @@
+"""Copy the measured figures into README.md and docs/, between their results markers.
+
+    python -m benchmarks.pages            # rewrites the sections and draws the README's chart
+    python -m benchmarks.pages --check    # exits with 1 when one is out of date
+
+Each part of a section is made from one result file; a part without its file is left out. Nothing
+in a section is written by hand.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import chart, decoding, identity, training
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+# By document: its parts, each with the file it is made from.
+DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
+    "README.md": {
+        "benchmarks/results/trees.json": decoding.headline,
+    },
+    "docs/results.md": {
+        "benchmarks/results/demo.json": decoding.demo,
+        "benchmarks/results/trees.json": decoding.trees,
+        "benchmarks/results/visual_branch.json": decoding.visual_branch,
+        "vllm_msd/demo/pair/evaluation.json": decoding.evaluation,  # written with the pair
+        "benchmarks/results/lossless.json": identity.lossless,
+        "benchmarks/results/soak.json": identity.soak,
+    },
+    "docs/training.md": {
+        "benchmarks/results/training.json": training.training,
+        "benchmarks/results/training_time.json": training.training_time,
+    },
+}
+
+
+def section(document: str, root: Path = ROOT) -> str:
+    """A document's whole section with its markers, from the files below ``root``."""
+    parts = [
+        make(name, read(name, root))
+        for name, make in DOCUMENTS[document].items()
+        if (root / name).is_file()
+    ]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def read(name: str, root: Path = ROOT) -> dict[str, Any]:
+    """A result file."""
+    return json.loads((root / name).read_text(encoding="utf-8"))
+
+
+def updated(text: str, results: str) -> str:
+    """A document with its section replaced. Raises SystemExit when it has no markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(
+            f"expected the markers {BEGIN} and {END} in each of {', '.join(DOCUMENTS)}"
+        )
+    return before + results + after
+
+
+def main() -> int:
+    """Rewrite or check the sections and the chart."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, tell by exit code")
+    args = parser.parse_args()
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = updated(old, section(name))
+        if new != old:
+            stale.append(name)
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    content = chart.content(*map(read, chart.SOURCES))
+    if not chart.shows(ROOT / chart.PICTURE, content):
+        stale.append(chart.PICTURE)
+        if not args.check:
+            chart.draw(content, ROOT / chart.PICTURE)
+    if args.check and stale:
+        print(f"out of date: {', '.join(stale)}; run python -m benchmarks.pages")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

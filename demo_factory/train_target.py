@@ -1,0 +1,323 @@
+"""Train the demo target from scratch on the procedural world (CPU, bf16 autocast).
+
+    python -m demo_factory.train_target --output build/target --minutes 55
+
+Two stages share one clock: first the vision tower alone learns to read slots (see `slots`), then
+everything learns to answer, with slot reading as a small side loss. The learning rate follows the
+clock, so a slower machine trains less rather than longer. A killed run resumes from its last
+checkpoint.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from . import parallel
+from .data import MIX, VISION_MIX, Batch, TrainingStream, pixels
+from .records import write_record
+from .slots import SlotReader
+from .target_model import build_target, export_target
+from .tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True)
+class TargetTraining:
+    """Settings of one run.
+
+    minutes: wall-clock budget over all resumed parts; vision_share: its part for the first stage.
+    batch_size: sequences a step in each of the `processes`.
+    cap: most text tokens in a training sequence.
+    vision_rate: the tower's share of the learning rate in the second stage, where the untrained
+        language model's first gradients would spoil what it has learned.
+    compile: fuse the layers' operators with torch.compile (needs a C++ compiler), half as fast
+        again on a CPU after a minute of compiling.
+    """
+
+    output: str
+    minutes: float = 58.0
+    vision_share: float = 0.12
+    processes: int = 2
+    batch_size: int = 8
+    cap: int = 144
+    learning_rate: float = 1.2e-3
+    vision_rate: float = 0.4
+    weight_decay: float = 0.05
+    warmup_steps: int = 150
+    slot_weight: float = 0.3
+    checkpoint_minutes: float = 8.0
+    seed: int = 1
+    max_steps: int = 0
+    compile: bool = False
+
+
+def schedule(progress: float, step: int, warmup_steps: int) -> float:
+    """Learning-rate factor: linear warm-up by steps, then cosine to 2% by the clock."""
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return min(1.0, (step + 1) / warmup_steps) * cosine
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration, batch: Batch, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token losses [N] on answer positions, and the batch row of each [N].
+
+    The head runs on answer positions only. Padding is on the right, so causal attention alone
+    keeps it out of every answer.
+    """
+    hidden = model.model(
+        input_ids=batch.input_ids,
+        pixel_values=images if len(images) else None,
+        use_cache=False,
+    ).last_hidden_state
+    predicts = batch.loss_mask[:, 1:]
+    logits = model.lm_head(hidden[:, :-1][predicts])
+    losses = F.cross_entropy(logits.float(), batch.input_ids[:, 1:][predicts], reduction="none")
+    return losses, predicts.nonzero()[:, 0]
+
+
+def prepare_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The run's tokenizer, trained on first use."""
+    saved = folder / "tokenizer"
+    if not saved.exists():
+        train_tokenizer().save_pretrained(saved)
+    return PreTrainedTokenizerFast.from_pretrained(saved)
+
+
+class TargetTrainer:
+    """Holds the state of a run; `run` goes on until the budget is spent."""
+
+    def __init__(self, settings: TargetTraining) -> None:
+        self.settings = settings
+        self.folder = Path(settings.output)
+        self.tokenizer = prepare_tokenizer(self.folder)
+        self.model = build_target(self.tokenizer, settings.seed)
+        # Plain attention is faster than the fused kernel on CPU at these lengths, mostly backward.
+        self.model.set_attn_implementation("eager")
+        if settings.compile:
+            for layers in (
+                self.model.model.vision_tower.encoder.layers,
+                self.model.model.language_model.layers,
+            ):
+                for layer in layers:
+                    layer.compile(dynamic=True)
+        self.reader = SlotReader(self.model.config.vision_config.hidden_size)
+        self.model.model.vision_tower.register_forward_hook(self._keep_features)
+        self.features = torch.empty(0)
+        tower = list(self.model.model.vision_tower.parameters())
+        seen = [*tower, *self.reader.parameters()]
+        in_tower = {id(p) for p in tower}
+        rest = [p for p in self.model.parameters() if id(p) not in in_tower]
+        parameters = [*seen, *rest]
+        groups = [
+            {
+                "params": [p for p in members if (p.ndim >= 2) == decays],
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "is_tower": members is tower,
+            }
+            for members in (tower, [*self.reader.parameters(), *rest])
+            for decays in (True, False)
+        ]
+        self.parameters = parameters
+        self.stage_parameters = {"vision": seen, "answers": parameters}
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            settings.learning_rate,
+            (0.9, 0.95),
+            fused=True,
+        )
+        self.step = 0
+        self.stage_step = 0
+        self.stage = "vision"
+        self.elapsed = 0.0
+        self._resume()
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.reader.load_state_dict(saved["reader"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.elapsed = saved["step"], saved["elapsed"]
+        self.stage, self.stage_step = saved["stage"], saved["stage_step"]
+        print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} min", flush=True)
+
+    def save(self) -> None:
+        """Write the resumable state and a loadable checkpoint folder."""
+        state = {
+            "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "stage": self.stage,
+            "stage_step": self.stage_step,
+        }
+        partial = self.folder / "checkpoint.tmp"
+        torch.save(state, partial)
+        partial.replace(self.folder / "checkpoint.pt")
+        export_target(self.model, self.tokenizer, self.folder / "model")
+
+    def _keep_features(self, module: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        """Forward hook of the vision tower: patch features as the projector sees them."""
+        self.features = output.last_hidden_state[:, 1:]
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        figures: dict[str, float] = {}
+        images = pixels(batch.images) if len(batch.images) else batch.images
+        loss = torch.zeros(())
+        if self.stage == "answers":
+            losses, rows = answer_loss(self.model, batch, images)
+            loss = loss + losses.mean()
+            figures["loss"] = losses.mean().item()
+            for kind in sorted(set(batch.kinds)):
+                of_kind = torch.tensor([k == kind for k in batch.kinds])[rows]
+                figures[f"loss.{kind}"] = losses[of_kind].mean().item()
+        elif len(images):
+            self.model.model.vision_tower(images)
+        if len(images):
+            slot_loss, accuracy = self.reader(self.features, batch.labels)
+            weight = 1.0 if self.stage == "vision" else self.settings.slot_weight
+            loss = loss + weight * slot_loss
+            figures["slots"] = slot_loss.item()
+            figures |= {f"slot.{part}": value for part, value in accuracy.items()}
+        return loss, figures
+
+    def _set_rate(self) -> None:
+        """Each stage has its own warm-up and cosine."""
+        share = self.settings.vision_share
+        progress = self.elapsed / 60 / self.settings.minutes
+        if self.stage == "vision" and progress >= share:
+            self.stage, self.stage_step = "answers", 0
+        if self.stage == "vision":
+            # The tower goes on learning, so its first stage ends at half rate, not at none.
+            within = 0.5 * progress / share
+        else:
+            within = (progress - share) / (1 - share)
+        factor = schedule(within, self.stage_step, self.settings.warmup_steps)
+        for group in self.optimizer.param_groups:
+            slow = group["is_tower"] and self.stage == "answers"
+            share = self.settings.vision_rate if slow else 1.0
+            group["lr"] = self.settings.learning_rate * factor * share
+
+    def _spent(self) -> bool:
+        """Whether the budget is used up; of a finished run it is before the first step."""
+        settings = self.settings
+        return self.elapsed >= settings.minutes * 60 or (0 < settings.max_steps <= self.step)
+
+    def run(self) -> None:
+        """Train until the budget (or `max_steps`) is spent, then save and write provenance."""
+        settings = self.settings
+        streams = {
+            # A resumed run goes on with contents that no earlier part has used.
+            stage: iter(
+                TrainingStream(
+                    self.tokenizer,
+                    (settings.seed, stage, parallel.rank()),
+                    settings.batch_size,
+                    settings.cap,
+                    start=self.step,
+                    mix=mix,
+                )
+            )
+            for stage, mix in (("vision", VISION_MIX), ("answers", MIX))
+        }
+        first = parallel.rank() == 0
+        log = (self.folder / "log.jsonl").open("a") if first else None
+        bar = tqdm(
+            total=round(settings.minutes * 60),
+            unit="s",
+            mininterval=10,
+            initial=round(self.elapsed),
+            disable=not first,
+        )
+        sums: dict[str, list[float]] = defaultdict(list)
+        tokens, last, last_save = 0, time.monotonic(), self.elapsed
+        window = last
+        self.model.train()
+        while not self._spent():
+            self._set_rate()
+            batch = next(streams[self.stage])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, figures = self._losses(batch)
+            if loss.requires_grad:
+                loss.backward()
+            active = self.stage_parameters[self.stage]
+            parallel.average_gradients(active)
+            torch.nn.utils.clip_grad_norm_(active, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.stage_step += 1
+            for name, value in figures.items():
+                sums[name].append(value)
+            tokens += batch.input_ids.numel()
+            now = time.monotonic()
+            self.elapsed = parallel.from_first(self.elapsed + now - last)
+            bar.update(round(self.elapsed) - bar.n)
+            last = now
+            if first and self.step % 50 == 0:
+                means = {k: round(sum(v) / len(v), 4) for k, v in sums.items()}
+                rate = tokens * parallel.size() / (now - window)
+                row = {
+                    "step": self.step,
+                    "stage": self.stage,
+                    "minutes": self.elapsed / 60,
+                    "tokens_per_second": round(rate),
+                    **means,
+                }
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix_str(
+                    f"step {self.step} {rate:.0f} tok/s "
+                    f"loss {means.get('loss', 0):.3f} slots "
+                    f"{means.get('slots', 0):.2f}"
+                )
+                sums.clear()
+                tokens, window = 0, now
+            if self._spent() or self.elapsed - last_save > settings.checkpoint_minutes * 60:
+                last_save = self.elapsed
+                if first:
+                    self.save()
+        if first:
+            write_record(
+                self.folder / "model",
+                "target",
+                asdict(settings),
+                {"steps": self.step, "minutes": round(self.elapsed / 60, 1)},
+            )
+
+
+def train(settings: TargetTraining) -> None:
+    """One process's part of a run."""
+    TargetTrainer(settings).run()
+
+
+def main() -> None:
+    """Command line: every field of `TargetTraining` is a flag."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, fld in TargetTraining.__dataclass_fields__.items():
+        kind: dict[str, Any] = {"type": fld.type}
+        if fld.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=fld.default, required=name == "output", **kind
+        )
+    settings = TargetTraining(**vars(parser.parse_args()))
+    prepare_tokenizer(Path(settings.output))
+    parallel.launch(train, (settings,), settings.processes, Path(settings.output))
+
+
+if __name__ == "__main__":
+    main()

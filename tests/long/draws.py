@@ -1,0 +1,34 @@
+"""The chi-square tests of sampled sequences, in the numbers that the long runs want."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.common import small_vocabulary
+from tests.common.worker import run_worker
+
+
+def draws(runner: str, *, count: int, control: int, timeout: float, **more: Any) -> dict[str, Any]:
+    """`tests.common.sampling.sampled_distribution` in a process of its own.
+
+    Args:
+        runner: model runner, ``v1`` or ``v2``.
+        count: sequences drawn for each setting.
+        control: for each setting of a wrong acceptance rule.
+        timeout: seconds.
+        more: further arguments of `sampled_distribution`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target, draft = small_vocabulary.build(Path(folder))
+        return run_worker(
+            "sampling",
+            runner,
+            timeout=timeout,
+            show_errors=True,
+            show_progress=True,
+            target=target,
+            draft=draft,
+            draws=count,
+            control_draws=control,
+            **more,
+        )

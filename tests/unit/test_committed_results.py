@@ -1,0 +1,35 @@
+"""The committed result files and what the pages show of them: no code is tested here.
+
+A failure means that a file, a table or the chart was not made again, not that something broke.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pages import __main__ as pages
+from benchmarks.pages import chart
+from tests.long.soak import PARTS, failures
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", pages.DOCUMENTS)
+def test_a_pages_results_are_those_of_the_files(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    message = "run: python -m benchmarks.pages"
+    assert pages.updated(text, pages.section(name)) == text, message
+
+
+def test_the_chart_shows_the_files():
+    content = chart.content(*map(pages.read, chart.SOURCES))
+    assert chart.shows(ROOT / chart.PICTURE, content), "run: python -m benchmarks.pages"
+
+
+def test_long_runs_are_complete_and_hold():
+    result = json.loads((ROOT / "benchmarks/results/soak.json").read_text())
+    assert set(result) == set(PARTS)
+    for part, report in result.items():
+        assert not report["provenance"]["settings"]["quick"]
+        assert failures(part, report) == report["failures"] == []

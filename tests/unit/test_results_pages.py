@@ -1,0 +1,165 @@
+"""What the pages show is made of result files: sections, tables, the README's chart."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pages import __main__ as pages
+from benchmarks.pages import chart, decoding, identity, training
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_section_is_made_from_the_files(tmp_path):
+    facts = {
+        "date": "2026-01-01",
+        "machine": {"processor": "A", "cores": 2, "memory_gib": 8},
+        "versions": {"vllm": "0.32.0"},
+        "settings": {"num_speculative_tokens": 5, "wide": "350M", "per_kind": 10},
+    }
+    found = {
+        "requests": 7,
+        "identical": 6,
+        "by_kind": {"vqa": {"acceptance_length": 3.25}},
+        "multimodal": {"acceptance_length": None},
+        "speed": {
+            "plain_tokens_per_second": 10.0,
+            "msd_tokens_per_second": 15.5,
+            "speedup": 1.55,
+        },
+    }
+    demo = {**facts, "small": found, "wide": None}
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "demo.json").write_text(json.dumps(demo))
+    section = pages.section("docs/results.md", tmp_path)
+    assert "| vqa | 3.25 |" in section
+    assert "| small pair, fp32 | 10.00 | 15.50 | 1.55x | 6 of 7 |" in section
+    assert "2026-01-01; A, 2 cores, 8 GiB; vllm 0.32.0" in section
+    assert (
+        "widened to" not in section and "## Trees" not in section and "Losslessness" not in section
+    )
+
+
+def test_section_of_trees():
+    drafting = "tree of 7 nodes, depth 4, top-k 2"
+    length = {"acceptance_length": 4.5}
+    text = decoding.trees(
+        "trees.json",
+        {
+            "date": "2026-01-01",
+            "machine": {"cores": 2},
+            "versions": {"vllm": "0.32.0"},
+            "settings": {"size": "1B", "dtype": "bfloat16"},
+            "acceptance": {
+                drafting: {"all": length, "multimodal": length, "identical": 6, "requests": 7}
+            },
+            "speed": {
+                "plain_tokens_per_second": 4.0,
+                "draftings": {drafting: {**length, "msd_tokens_per_second": 9.0, "speedup": 2.25}},
+            },
+            "products": {
+                "milliseconds_by_rows": {
+                    "target": {"1": 50.0, "8": 64.0},
+                    "draft": {"1": 2.0, "8": 3.0},
+                },
+                "milliseconds_per_verification": {"no speculation": 50.0, drafting: 75.0},
+            },
+            "profile": {
+                "drafting": drafting,
+                "milliseconds_per_step": {"target": 80.0},
+                "drafting_and_settling_share": 0.125,
+            },
+        },
+    )
+    assert f"| {drafting} | 4.50 | 4.50 | 6 of 7 |" in text
+    assert f"| {drafting} | 4.50 | 9.00 | 2.25x |" in text
+    assert "| target, ms | 50.00 | 64.00 |" in text and f"| {drafting} | 75.00 | 60.00 |" in text
+    assert "| target | 80.00 |" in text and "12.5% of it" in text
+
+
+def test_kinds_of_training_stand_under_their_heads():
+    def counted(**lengths):
+        return {"lengths": {k: [v] for k, v in lengths.items()}, "at_depth": [[0.75, 0.5]]}
+
+    in_vllm = counted(vqa=4.0, chart=2.0, multimodal=3.0, all=3.0)
+    offline = counted(chart=2.0, vqa=4.0, multimodal=3.0, all=3.0)
+    text = training.training(
+        "training.json",
+        {
+            "date": "2026-01-01",
+            "machine": {"cores": 2},
+            "versions": {"vllm": "0.32.0"},
+            "settings": {"num_prompts": 7, "seeds": [0], "steps": 9},
+            "summary": {"msd": {"eval": offline, "vllm": in_vllm}},
+            "runs": [{"identical": 6, "requests": 7}],
+        },
+    )
+    assert "| draft | with images | chart | vqa |" in text
+    assert "| `msd` | 3.00 (3.00 to 3.00) | 2.00 | 4.00 |" in text
+    assert "6 of 7 answers" in text
+
+
+def test_section_of_training_time():
+    text = training.training_time(
+        "training_time.json",
+        {
+            "date": "2026-01-01",
+            "machine": {"cores": 2},
+            "versions": {"vllm": "0.32.0"},
+            "settings": {"size": "350M", "dtype": "bfloat16", "batch_size": 8, "threads": 2},
+            "cases": [
+                {
+                    "draft_steps": 1,
+                    "seconds": {"data": 1.0, "target": 6.0, "draft": 1.0},
+                    "tokens_per_second": 99.0,
+                }
+            ],
+        },
+    )
+    assert "| drafting steps | data | target | draft | tokens/s |" in text
+    assert "| 1 | 12.5% | 75.0% | 12.5% | 99.00 |" in text
+
+
+def test_section_of_long_runs():
+    origin = {"date": "2026-01-01", "machine": {"cores": 2}, "versions": {"vllm": "0.32.0"}}
+    counts = {"aborted": 5, "preemptions": 9.0, "accepted": 70, "rejected": 60, "other_children": 8}
+    run = {"provenance": origin, "kind": "llava", "requests": 40, "used_blocks": 0, **counts}
+    trial = {"wrong_rule": "none", "temperature": 0.7, "top_p": 1.0, "top_k": 6, "min_p": 0.0}
+    trials = [{**trial, "draws": 100, "positions": [{"p": 0.5}, {"p": p}]} for p in (0.125, 0.25)]
+    text = identity.soak(
+        "results/soak.json",
+        {
+            "identity-v2-async": {
+                **run, "runner": "v2", "scheduler": "AsyncScheduler", "mismatches": [{}],
+            },
+            "draws-v1": {"provenance": origin, "runner": "v1", "trials": trials},
+            "soak": {
+                **run, "runner": "v1", "mismatches": [], "memory_growth_mib": 1.5,
+                "plain_memory_growth_mib": 1.25,
+                "curve": {"memory_mib": [900.0, 901.4]},
+            },
+        },
+    )  # fmt: skip
+    assert "| V2 | LLaVA, async scheduling | 39 of 40 | 5 | 9 | 70 | 60 | 8 |" in text
+    assert "| V1 | MSD | temperature 0.7, top-k 6 | 200 | 0.12 |" in text
+    assert "grew by 1.5 MiB of 901 " in text and "speculation by 1.25;" in text
+    assert "`results/soak.png`" in text
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(SystemExit, match="markers"):
+        pages.updated("nothing here", pages.section("README.md"))
+
+
+def test_chart_of_other_figures_is_out_of_date(tmp_path):
+    demo, trees = map(pages.read, chart.SOURCES)
+    content = chart.content(demo, trees)
+    other = copy.deepcopy(trees)
+    other["speed"]["plain_tokens_per_second"] += 1
+    assert not chart.shows(tmp_path / "chart.svg", content)
+    chart.draw(content, tmp_path / "chart.svg")
+    assert chart.shows(tmp_path / "chart.svg", content)
+    assert not chart.shows(tmp_path / "chart.svg", chart.content(demo, other))
