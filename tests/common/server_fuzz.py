@@ -188,23 +188,34 @@ _completion = st.builds(
     st.just("hello there") | st.just("hello there") | _prompt,
     _fields,
 )
-# Path and body of a request; some are streamed, a few are no JSON at all.
-requests = st.builds(
+_tables = st.builds(
     lambda request, stream: (request[0], request[1] | ({"stream": True} if stream else {})),
     _chat | _completion,
     st.sampled_from([False, False, False, True]),
 )
+# As sent, in the place of a table; most of it is no JSON at all.
+_raw = st.tuples(
+    st.sampled_from(["chat/completions", "completions"]),
+    st.sampled_from(
+        [b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe", b"\0" * 9, b"[" * 9000, b"{}"]
+    )
+    | st.binary(max_size=40),
+)
+# Path and body of a request; some are streamed.
+requests = st.one_of(*[_tables] * 15, _raw)
 
 
 def send(server: Server, path: str, body: Any) -> tuple[int, str]:
-    """Post a body as JSON; its status and answer. NaN and lone surrogates go as Python writes them.
+    """Post a body as JSON, bytes as they are; its status and answer.
+
+    NaN and lone surrogates go as Python writes them.
 
     Raises:
         OSError: the server does not answer.
     """
     request = urllib.request.Request(
         f"{server.url}/v1/{path}",
-        data=json.dumps(body).encode(),
+        data=body if isinstance(body, bytes) else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
     try:
@@ -233,9 +244,10 @@ def fuzz(server: Server, examples: int, number: int, check: Any) -> dict[str, in
         suppress_health_check=list(HealthCheck),
     )
     @given(requests)
-    def one(request: tuple[str, dict[str, Any]]) -> None:
+    def one(request: tuple[str, dict[str, Any] | bytes]) -> None:
         path, body = request
-        body.setdefault("model", "msd-demo")
+        if isinstance(body, dict):
+            body.setdefault("model", "msd-demo")
         status, answer = send(server, path, body)
         statuses[str(status)] = statuses.get(str(status), 0) + 1
         check(path, body, status, answer)

@@ -13,6 +13,7 @@ from tests.common import tiny
 from tests.common.adapters import write_adapter
 from tests.common.worker import run_worker
 
+pytestmark = pytest.mark.long
 CASES = {
     "llava": ["lora_adapters", "seeds_in_company"],
     "qwen2_vl": ["lora_adapters", "videos", "seeds_in_company"],
