@@ -39,7 +39,7 @@ class Server:
         if self.process.poll() is not None:
             return False
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=60) as reply:
                 return reply.status == 200
         except (urllib.error.URLError, OSError):
             return False

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.common.server import Server
+from tests.common.worker import HANGS
 
 PLACEHOLDER = "<image>"
 _text = st.text(max_size=10) | st.sampled_from(
@@ -219,7 +220,7 @@ def send(server: Server, path: str, body: Any) -> tuple[int, str]:
         headers={"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=HANGS) as reply:
             return reply.status, reply.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")

@@ -19,7 +19,9 @@ from demo_factory.world import KINDS, sample
 from tests.common.server import MAX_MODEL_LEN, Outcome, Server, ask, chat_messages, image_url, png
 from tests.common.worker import HANGS
 
+REQUESTS = 1000
 CONCURRENCY = 64
+MEMORY_GROWTH_MIB = 48  # at most, from the second quarter of a run to its last
 MAX_TOKENS = 32
 DISTINCT = 28
 SHARES = {
@@ -137,7 +139,7 @@ async def _send_all(
     """Outcomes in the order of ``asked``; ``memory`` gets a sample (MiB) each second."""
     gate = asyncio.Semaphore(CONCURRENCY)
     limits = httpx.Limits(max_connections=CONCURRENCY)
-    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=HANGS, limits=limits) as client:
 
         async def one(case: str, body: dict[str, Any]) -> Outcome:
             async with gate:

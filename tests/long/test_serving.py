@@ -6,7 +6,6 @@ Results go to ``benchmarks/results/faults.json``. The servers serve the demo pai
 MSD with trees, on the CPU.
 """
 
-import json
 import os
 from collections import Counter
 
@@ -22,9 +21,7 @@ from vllm_msd.demo.paths import demo_pair
 
 pytestmark = long_form
 EXAMPLES = 2000
-REQUESTS = 1000
 NUMBER = 20  # of the drawn configs and requests
-MEMORY_GROWTH_MIB = 48
 TREES = {"TOKENS": "16", "DEPTH": "5", "TOP_K": "4"}
 # oneDNN keeps code for each shape of a matrix product it has met, which looks like a leak.
 ENVIRONMENT = {**os.environ, **TREES, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
@@ -55,7 +52,7 @@ def test_soak(tmp_path):
     ]
     options = ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--enable-lora"]
     options += ["--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", *adapters]
-    asked = server_soak.orders(REQUESTS, NUMBER)
+    asked = server_soak.orders(server_soak.REQUESTS, NUMBER)
 
     def started(name: str, *more: str) -> Server:
         folder = tmp_path / name
@@ -99,14 +96,7 @@ def test_soak(tmp_path):
         assert different == []
         assert alive == [] and figures["held"] == {}
         assert 0 < figures["accepted"] < figures["verified"]
-        assert figures["memory_growth_mib"] < MEMORY_GROWTH_MIB
+        assert figures["memory_growth_mib"] < server_soak.MEMORY_GROWTH_MIB
         for case, outcome in ((case, outcome) for (case, _), outcome in pairs):
             expected_status = range(400, 500) if case in server_soak.REFUSED else (200,)
             assert outcome.status in expected_status, outcome
-
-
-def test_committed_results_hold():
-    parts = json.loads(FAULTS.read_text())
-    assert parts["config-fuzz"]["served"] + parts["config-fuzz"]["refused"] >= EXAMPLES
-    assert sum(parts["request-fuzz"]["statuses"].values()) >= EXAMPLES
-    assert all(status < "5" for status in parts["request-fuzz"]["statuses"])

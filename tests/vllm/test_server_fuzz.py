@@ -11,6 +11,7 @@ import pytest
 from tests.common.server import Server
 from tests.common.server_fuzz import fuzz
 from tests.common.server_soak import held_after
+from tests.common.worker import HANGS
 
 pytestmark = pytest.mark.long
 GOOD = {"model": "msd-demo", "prompt": "say something", "max_tokens": 8, "temperature": 0}
@@ -45,7 +46,7 @@ class Judge:
         assert self._ask() == self.good_answer
 
     def _ask(self) -> str:
-        reply = httpx.post(f"{self.server.url}/v1/completions", json=GOOD, timeout=60)
+        reply = httpx.post(f"{self.server.url}/v1/completions", json=GOOD, timeout=HANGS)
         return reply.raise_for_status().json()["choices"][0]["text"]
 
 
