@@ -28,6 +28,7 @@ JOBS = {
     "graph_answers": "tests.common.cuda_graphs.answers:graph_answers",
     "greedy": "tests.common.lossless:greedy_identity",
     "random": "tests.common.tree_identity:random_identity",
+    "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",
     "tree": "tests.common.tree_identity:tree_identity",

@@ -1,8 +1,10 @@
 """What a user can get wrong around a run: targets, places to write to, files that are damaged."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from tests.common.drafts import write_published
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.cli.main import main
 from vllm_msd.errors import CheckpointError, ConfigError, StorageError
-from vllm_msd.training import TrainSettings
+from vllm_msd.training import TrainSettings, curves
 from vllm_msd.training.engine import Trainer
+from vllm_msd.training.initial import draft_config
 from vllm_msd.training.results import Results
 from vllm_msd.training.targets import Target, complete_processor
 
@@ -38,6 +41,12 @@ def settings(place: Path, output: Path, **changes) -> dict:
         "precision": "no", "device": "cpu", "eval_records": 0, "save_every": 1, "log_every": 1,
         **changes,
     }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Curves are drawn elsewhere; here they would take most of the time."""
+    monkeypatch.setattr(curves, "draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +143,13 @@ def test_targets_that_are_not_what_they_say(name, place, tmp_path):
     assert str(tmp_path / "target") in str(caught.value) and len(str(caught.value)) < 700
 
 
+def test_a_language_model_of_another_build(place):
+    target = Target.load(place / "pair" / "target", "float32")
+    target.text = SimpleNamespace(model_type="phi", hidden_size=8)
+    with pytest.raises(CheckpointError, match=r"language model \(phi\) has no intermediate_size"):
+        draft_config(target)
+
+
 def test_train_and_eval_say_so_with_exit_code_2(place, tmp_path, capsys):
     (tmp_path / "target").mkdir()
     data = str(place / "data" / "text.jsonl")
@@ -185,6 +201,14 @@ def test_places_are_checked_before_the_target_is_loaded(place, tmp_path, capsys,
     (tmp_path / "run.yaml").write_text(given)
     error = told(capsys, "train", "--config", str(tmp_path / "run.yaml"))
     assert "file is a file, expected a folder" in error
+    for changes, message in (
+        ({"cache_features": str(tmp_path / "file")}, "cache_features: .*expected a folder"),
+        ({"init": str(tmp_path / "nowhere")}, "there is no such folder"),
+        ({"image_root": [str(tmp_path / "nowhere")]}, "image_root: .*not a folder"),
+    ):
+        given = json.dumps(settings(place, tmp_path / "new", **changes))
+        (tmp_path / "run.yaml").write_text(given)
+        assert re.search(message, told(capsys, "train", "--config", str(tmp_path / "run.yaml")))
     assert "not UTF-8" in told(capsys, "train", "--config", str(tmp_path / "latin.yaml"))
     (tmp_path / "dates.yaml").write_text("target: 2024-99-99\n")
     assert "not valid YAML" in told(capsys, "train", "--config", str(tmp_path / "dates.yaml"))

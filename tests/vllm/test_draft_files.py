@@ -21,25 +21,28 @@ INDEX = "model.safetensors.index.json"
 BIN, BIN_SHARDS = "pytorch_model.bin", ("pytorch_model-1.bin", "pytorch_model-2.bin")
 BIN_INDEX = "pytorch_model.bin.index.json"
 # Files of a folder; an index lists the shards, or the file after a colon.
-FOLDERS = [
+READ = [
     [WHOLE],
     [*SHARDS],
     [*SHARDS, INDEX],
     [WHOLE, *SHARDS, INDEX],
     [WHOLE, *SHARDS, f"{INDEX}:{WHOLE}"],
-    [WHOLE, *SHARDS],
     [WHOLE, BIN],
     [WHOLE, BIN, BIN_INDEX, *BIN_SHARDS],
     [BIN],
     [BIN, "training_args.bin", "optimizer.bin"],
     [*BIN_SHARDS, BIN_INDEX],
-    [BIN, *BIN_SHARDS, BIN_INDEX],
     [BIN, f"{INDEX}:{WHOLE}"],
     ["other.safetensors"],
     ["other.bin"],
+    [".hidden.safetensors", BIN],
+]
+REFUSED = [
+    [WHOLE, *SHARDS],
+    [BIN, *BIN_SHARDS, BIN_INDEX],
+    [SHARDS[0]],
     [WHOLE, "consolidated.safetensors"],
     ["model.pt"],
-    [".hidden.safetensors", BIN],
 ]
 
 
@@ -65,28 +68,26 @@ def write(folder: Path, names: list[str]) -> None:
             torch.save(part, folder / file)
 
 
-@pytest.mark.parametrize("names", FOLDERS, ids=" ".join)
+@pytest.mark.parametrize("names", READ + REFUSED, ids=" ".join)
 def test_files_are_those_of_vllm_or_refused_by_all(names, tmp_path):
     write(tmp_path, names)
     loader = DefaultModelLoader(LoadConfig())
     _, served, *_ = loader._prepare_weights(str(tmp_path), None, None, True, None)
     try:
-        files = weight_files(tmp_path)[0]
-    except CheckpointError as error:
-        assert "consolidated" in str(error) or "model.pt" in str(error)
-        files = None
-    else:
-        assert sorted(map(Path, served)) == files
-    found = set()
-    for read in (load_draft_config, load_draft, inspect_draft):
+        assert sorted(map(Path, served)) == weight_files(tmp_path)[0]
+    except CheckpointError:
+        assert names in REFUSED
+    told = set()
+    for read in (load_draft_config, load_draft):
         try:
             read(tmp_path)
-            found.add("")
         except CheckpointError as error:
-            found.add(str(error))
-    assert len(found) == 1, found
-    twice = files is not None and len(files) > 2 - (BIN in names or WHOLE in names)
-    assert (found != {""}) == (files is None or twice or files == [tmp_path / SHARDS[0]])
+            told.add(str(error))
+    try:
+        told |= {p for p in inspect_draft(tmp_path)["problems"] if p not in "".join(told)}
+    except CheckpointError as error:
+        told.add(str(error))
+    assert len(told) == (names in REFUSED), told
 
 
 def test_a_draft_as_users_have_it_is_served(tmp_path):
@@ -115,4 +116,4 @@ def test_a_draft_as_users_have_it_is_served(tmp_path):
     )
     case = report["cases"]["mixed_batch"]
     assert case["same"], case["first_difference"]
-    assert case["accepted"] > case["rejected"] > 0
+    assert case["accepted"] > 50 and case["rejected"] > 0

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.errors import ConfigError, DataError
+from vllm_msd.storage import check_folder
 from vllm_msd.training import rows
 from vllm_msd.training.data.batches import (
     Corpus,
@@ -73,7 +75,12 @@ class Trainer:
                 f"batch_size: got {settings.batch_size}, expected a multiple of the "
                 f"{self.world} processes."
             )
+        # What is wrong with places and files is told before the target is loaded.
         self.folder.check(settings)
+        if settings.cache_features:
+            check_folder(settings.cache_features, "cache_features")
+        if settings.init not in ("target", "random"):
+            load_draft_config(settings.init)
         with_text, with_images = settings.text_data, settings.multimodal_data
         text = [RecordFile(p, with_images=False) for p in with_text]
         multimodal = [RecordFile(p) for p in with_images]
@@ -83,10 +90,10 @@ class Trainer:
             raise ConfigError("data files: got two of the same name. Rename one of them.")
         self.corpus = Corpus(text, multimodal, settings.eval_records, settings.seed)
         self.data = describe_data(files)
+        roots = image_roots(settings.image_root, files)
         self.target = target or Target.load(
             settings.target, settings.target_dtype, settings.attention, self.device
         )
-        roots = image_roots(settings.image_root, files)
         self.renderer = self.target.renderer(roots, settings.max_length)
         self.steps = settings.steps or max(
             1, round(settings.epochs * sum(self.corpus.num_training) / settings.batch_size)
