@@ -20,6 +20,22 @@ OPTIONS = {
 }
 
 
+def launches_of_a_round(model_runner: Any) -> dict[str, int]:
+    """What the graph of one request's drafting round launches: in the draft's layer, and beside."""
+    manager = getattr(model_runner.speculator, "decode_cudagraph_manager", None)
+    counts = {"draft layer": 0, "beside": 0}
+    for desc, graph in manager.graphs.items() if manager is not None else ():
+        if desc.num_reqs != 1:
+            continue
+        for launch in graph.launches:
+            in_layer = any(
+                frame.filename.endswith("draft_model.py") and frame.name == "forward"
+                for frame in launch.where
+            )
+            counts["draft layer" if in_layer else "beside"] += 1
+    return counts
+
+
 def graph_answers(
     *,
     runner: str,
@@ -71,4 +87,5 @@ def graph_answers(
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
         "replays": replays(engine),
+        "launches": launches_of_a_round(model_runner),
     }

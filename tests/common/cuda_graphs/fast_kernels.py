@@ -82,7 +82,7 @@ def _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *rest: 
 
 
 GROWING = {
-    "top_k": ("top_k_eager", "top_k_parts_eager", "merge_top_k_eager"),
+    "top_k": ("top_k_parts_eager",),
     "beam_step": ("beam_step_eager",),
     "rerank": ("rerank_eager",),
     "place_trees": ("place_trees_eager",),
@@ -92,15 +92,18 @@ GROWING = {
 @contextmanager
 def fast_growing() -> Iterator[None]:
     """Trees grow by the kernels' eager twins, also where ``TRITON_INTERPRET`` is set."""
+    from vllm_msd.tree import fused
+
     with ExitStack() as stack:
         for folder, twins in GROWING.items():
             api = import_module(f"vllm_msd.kernels.{folder}.api")
             stack.enter_context(mock.patch.object(api, "runs_kernels", lambda _: False))
             for name in twins:
-                twin = getattr(api, name)
-                # What returns its result is a part of a call that copies it.
-                if twin.__annotations__.get("return") in (None, "None"):
-                    stack.enter_context(mock.patch.object(api, name, as_kernel(name, twin)))
+                twin = as_kernel(name, getattr(api, name))
+                stack.enter_context(mock.patch.object(api, name, twin))
+        # Its twin returns what the call copies, so here the whole call is the launch.
+        merge = as_kernel("merge_top_k", fused.merge_top_k)
+        stack.enter_context(mock.patch.object(fused, "merge_top_k", merge))
         yield
 
 

@@ -20,3 +20,10 @@ def stale_draft_tokens(runner: Any) -> None:
     """The drafted tokens' buffer moves after the capture: what graphs draft never arrives."""
     KEPT.append(runner.speculator.draft_tokens)
     runner.speculator.draft_tokens = KEPT[-1].clone()
+
+
+def stale_parents(runner: Any) -> None:
+    """The trees' parents move after the capture: what graphs grow never arrives."""
+    store = runner.model_state.store
+    KEPT.append(store.parents)
+    store.parents = KEPT[-1].clone()

@@ -1,0 +1,138 @@
+"""Model Runner V2 on the wiring of a GPU, its CUDA graphs emulated: nothing changes but the speed.
+
+Triton attention on vLLM's own caches, the settle kernel, and graphs of the target's decoding, the
+draft's prefill and a drafting round. Each engine lives in a process of its own and is compared with
+an eager one by its tokens *and* its accepted counts: a wrong draft changes no token.
+
+Not covered: what a GPU computes, streams, piecewise graphs; see ``tests.common.cuda_graphs``.
+"""
+
+from functools import cache
+
+import pytest
+
+from tests.common import tiny
+from tests.common.tree_mutations import SHOWS_IN_OUTPUT
+from tests.common.worker import run_worker
+from vllm_msd.demo.paths import demo_pair
+
+pytestmark = pytest.mark.long
+DRAFTS = {
+    "chain": {"spec_tokens": 5},
+    "tree": {"spec_tokens": 16, "tree": (5, 4)},
+}
+DECODING = "FULL_DECODE_ONLY"
+CASES = [
+    "mixed_batch", "chunk_inside_image", "prefix_cache", "preemption", "structured_output",
+    "settled_prefixes", "constrained_beside_free", "seeded_samples",
+]  # fmt: skip
+
+
+@cache
+def answers(draft, graphs=None, **options):
+    pair = demo_pair()
+    return run_worker(
+        "graph_answers",
+        "v2",
+        wiring={"graphs": graphs},
+        target=str(pair.target),
+        draft=str(pair.draft) if draft else None,
+        requests=8,
+        **(DRAFTS[draft] if draft else {}),
+        **options,
+    )
+
+
+def replays(report, manager):
+    return sum(report["replays"][manager].values())
+
+
+@pytest.mark.parametrize(("draft", "speculator"), [("chain", "Chain"), ("tree", "Tree")])
+@pytest.mark.parametrize("graphs", [DECODING, "FULL"])
+def test_graphs_change_nothing(draft, speculator, graphs):
+    """Under ``FULL`` also the prompts' images: a graph of the draft's prefill knows none."""
+    eager, got = answers(draft), answers(draft, graphs)
+    assert eager["speculator"] == got["speculator"] == f"{speculator}Speculator"
+    assert got["ids"] == answers(None)["ids"]
+    assert got["acceptance"] == eager["acceptance"]
+    assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
+    assert min(replays(got, name) for name in ("target", "prefill", "decode")) > 0
+
+
+def test_launches_of_a_drafting_round():
+    """At most 6 a level beside the draft's own layer, and 8 more in the whole graph."""
+    depth, _ = DRAFTS["tree"]["tree"]
+    levels = depth - 1  # the first one needs the root's logits only
+    launches = answers("tree", DECODING)["launches"]
+    assert launches["draft layer"] > 10 * levels
+    assert 4 * levels < launches["beside"] <= 6 * levels + 8
+
+
+def test_graphs_under_async_scheduling():
+    eager, got = (answers("tree", g, async_scheduling=True) for g in (None, DECODING))
+    assert got["ids"] == eager["ids"] == answers(None)["ids"]
+    assert got["acceptance"] == eager["acceptance"]
+    assert replays(got, "decode") > 0
+
+
+def test_a_freed_buffer_is_an_error():
+    with pytest.raises(RuntimeError, match="StaleGraphError"):
+        answers("chain", DECODING, bug="freed_lengths")
+
+
+@pytest.mark.parametrize("bug", ["stale_draft_tokens", "stale_parents"])
+def test_a_buffer_made_anew_shows_in_the_counts_alone(bug):
+    right, got = answers("tree", DECODING), answers("tree", DECODING, bug=bug)
+    assert got["ids"] == right["ids"]
+    assert got["acceptance"] != right["acceptance"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    # Heads of 64, which the tree kernel takes; the other tiny targets have 32.
+    kind = "qwen3_vl"
+    pair = tiny.build_pair(tmp_path_factory.mktemp("pair"), kind, decoys=2)
+
+    @cache
+    def report(graphs):
+        return run_worker(
+            "tree",
+            "v2",
+            wiring={"graphs": graphs},
+            kind=kind,
+            target=str(pair.target),
+            draft=str(pair.draft),
+            cases=CASES,
+            mutations=None
+            if graphs
+            else {
+                **dict.fromkeys(SHOWS_IN_OUTPUT["v2"], "mixed_batch"),
+                "sampling_position": "seeded_samples",
+            },
+        )
+
+    return report
+
+
+@pytest.mark.parametrize("graphs", [None, DECODING])
+@pytest.mark.parametrize("name", CASES)
+def test_same_tokens(reports, graphs, name):
+    case = reports(graphs)["cases"][name]
+    assert case["same"], case["first_difference"]
+    assert case["accepted"] > 0 and case["rejected"] > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_counts_with_and_without_graphs(reports, name):
+    eager, got = (reports(graphs)["cases"][name] for graphs in (None, DECODING))
+    for count in ("steps", "drafted", "accepted", "other_children", "tree_sizes"):
+        assert got[count] == eager[count], count
+
+
+def test_every_graph_was_replayed(reports):
+    assert min(replays(reports(DECODING), name) for name in ("target", "prefill", "decode")) > 20
+
+
+@pytest.mark.parametrize("mutation", SHOWS_IN_OUTPUT["v2"])
+def test_a_broken_step_is_noticed(reports, mutation):
+    assert not reports(None)["mutations"][mutation]["same"]
