@@ -1,16 +1,16 @@
 """The public call: checks its arguments, then runs the Triton kernel or the eager twin."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import INTEGERS, describe, expect_room, runs_kernels
+from ..tree_attention.eager import MAX_NODES
 from ..tree_attention.launch import power_of_two
 from .eager import beam_step_eager
 
 TILE = 4096  # hidden values that a program moves at once
-MAX_ROWS = 64  # one bit per drafted row in an int64
 
 
 class Candidates(NamedTuple):
@@ -133,8 +133,8 @@ def beam_step(
     depth, capacity, k = beams.numbers.shape
     if not 0 <= level <= depth:
         raise ValueError(f"level is {level}: expected 0 to {depth}, the levels of the beams")
-    if depth * k > MAX_ROWS:
-        raise ValueError(f"{depth} levels of {k} rows: expected at most {MAX_ROWS} rows in all")
+    if depth * k > MAX_NODES:
+        raise ValueError(f"{depth} levels of {k} rows: expected at most {MAX_NODES} rows in all")
     parents = k if level else 1
     num_requests = -(-len(log_probs) // parents)
     is_last = level == depth
@@ -162,7 +162,14 @@ def beam_step(
 
     from .triton_kernel import beam_step_kernel
 
-    hidden_size = 1 if is_last else parent_hidden.shape[1]
+    if is_last or inputs is None or parent_hidden is None or place is None:
+        rows: tuple[Any, ...] = (None,) * 9
+        hidden_size, max_model_len, block_size, strides = 1, 0, 1, (0, 0, 0)
+    else:
+        rows = (*inputs, parent_hidden, *place[:3])
+        hidden_size = parent_hidden.shape[1]
+        max_model_len, block_size = place.max_model_len, place.block_size
+        strides = inputs.hidden.stride(0), parent_hidden.stride(0), place.block_table.stride(0)
     slots = power_of_two(k)
     columns = min(power_of_two(hidden_size), TILE // slots)
     beam_step_kernel[(num_requests, -(-hidden_size // columns))](
@@ -170,23 +177,19 @@ def beam_step(
         tokens,
         *candidates,
         *beams,
-        *((None,) * 5 if is_last else inputs),
-        None if is_last else parent_hidden,
-        *((None,) * 3 if is_last else place[:3]),
+        *rows,
         level,
         depth,
-        0 if is_last else place.max_model_len,
+        max_model_len,
         hidden_size,
         candidates.scores.stride(0),
         capacity * k,
-        0 if is_last else inputs.hidden.stride(0),
-        0 if is_last else parent_hidden.stride(0),
-        0 if is_last else place.block_table.stride(0),
+        *strides,
         K=k,
         IS_ROOT=level == 0,
         SLOTS=slots,
         CHILDREN=power_of_two(parents * k),
-        BLOCK_SIZE=1 if is_last else place.block_size,
+        BLOCK_SIZE=block_size,
         COLUMNS=columns,
         IS_LAST=is_last,
         num_warps=4,

@@ -1,12 +1,26 @@
 """A beam step as its definition reads, on whole tensors."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .api import Beams, Candidates, DraftPlace, LevelInputs
 
 NO_SLOT = -1
 
 
-def beam_step_eager(log_probs, tokens, level, candidates, beams, inputs, parent_hidden, place):
+def beam_step_eager(
+    log_probs: Tensor,
+    tokens: Tensor,
+    level: int,
+    candidates: "Candidates",
+    beams: "Beams",
+    inputs: "LevelInputs | None",
+    parent_hidden: Tensor | None,
+    place: "DraftPlace | None",
+) -> None:
     """Same as ``beam_step``."""
     depth, _, k = beams.numbers.shape
     num_requests = len(log_probs) // (k if level else 1)
@@ -20,8 +34,8 @@ def beam_step_eager(log_probs, tokens, level, candidates, beams, inputs, parent_
         parents = beam
     for kept, new in zip(candidates, (scores, tokens, parents), strict=True):
         kept[:num_requests, begin : begin + new.shape[1]] = new
-    if level == depth:
-        return
+    if level == depth or inputs is None or parent_hidden is None or place is None:
+        return  # the last step writes no rows
 
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     from_row = best // k
@@ -50,7 +64,7 @@ def beam_step_eager(log_probs, tokens, level, candidates, beams, inputs, parent_
     inputs.hidden[:num_rows] = parents_of_request[request, from_row].flatten(0, 1)
 
 
-def _kv_slots(positions: Tensor, is_real: Tensor, place) -> Tensor:
+def _kv_slots(positions: Tensor, is_real: Tensor, place: "DraftPlace") -> Tensor:
     """``[R * k]`` int64 of ``[R, k]`` positions."""
     has_slot = is_real[:, None] & (positions < place.max_model_len)
     inside = torch.where(has_slot, positions, 0)

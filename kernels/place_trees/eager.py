@@ -1,20 +1,22 @@
 """Laying trees over rows as its definition reads: one request at a time."""
 
+from torch import Tensor
+
 
 def place_trees_eager(
-    depths,
-    ancestors,
-    slots,
-    node_start,
-    query_start,
-    seq_lens,
-    linear,
+    depths: Tensor,
+    ancestors: Tensor,
+    slots: Tensor,
+    node_start: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    linear: Tensor,
     *,
-    tree_start,
-    root_rows,
-    row_ancestors,
-    positions,
-):
+    tree_start: Tensor,
+    root_rows: Tensor,
+    row_ancestors: Tensor,
+    positions: Tensor,
+) -> None:
     """Same as ``place_trees``; waits for the device."""
     tree_start.fill_(-1)
     starts, rows = node_start.tolist(), query_start.tolist()

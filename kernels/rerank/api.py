@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..beam_step.api import MAX_ROWS as MAX_NODES
 from ..beam_step.api import Candidates
 from ..checks import INTEGERS, describe, expect, expect_room, runs_kernels
+from ..tree_attention.eager import MAX_NODES
 from ..tree_attention.launch import power_of_two
 from .eager import rerank_eager
 

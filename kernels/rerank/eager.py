@@ -1,7 +1,21 @@
 """Reranking as its definition reads: one request at a time, node by node."""
 
+from typing import TYPE_CHECKING
 
-def rerank_eager(candidates, slots, parents, depths, ancestors, draft_tokens):
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..beam_step.api import Candidates
+
+
+def rerank_eager(
+    candidates: "Candidates",
+    slots: Tensor,
+    parents: Tensor,
+    depths: Tensor,
+    ancestors: Tensor,
+    draft_tokens: Tensor,
+) -> None:
     """Same as ``rerank``; waits for the device."""
     num_nodes = parents.shape[1]
     for request, slot in enumerate(slots.tolist()):

@@ -84,7 +84,7 @@ def top_k(
 def top_k_parts(
     logits: Tensor,
     k: int,
-    first_id: int = 0,
+    first_column: int = 0,
     *,
     out: Tensor | None = None,
     part_columns: int = PART_COLUMNS,
@@ -97,7 +97,7 @@ def top_k_parts(
     Args:
         logits: [rows, columns], see `top_k`; there may be fewer columns than k.
         k: how many to keep of each part.
-        first_id: number of column 0 in the whole vocabulary.
+        first_column: number of column 0 in the whole vocabulary.
         out: from `allocate_parts`, written in place; allocated if None.
         part_columns: columns of a part, a power of two of at least 32.
 
@@ -122,7 +122,7 @@ def top_k_parts(
     if rows == 0:
         return out
     if not runs_kernels(logits):
-        top_k_parts_eager(logits, k, first_id, part_columns, out)
+        top_k_parts_eager(logits, k, first_column, part_columns, out)
         return out
 
     from .triton_kernel import top_k_parts_kernel
@@ -131,7 +131,7 @@ def top_k_parts(
         out,
         logits,
         columns,
-        first_id,
+        first_column,
         out.stride(0),
         logits.stride(0),
         K=k,

@@ -28,12 +28,12 @@ def order_keys(values: Tensor, indices: Tensor) -> Tensor:
     return (ordered.long() << 32) | (INDEX_BITS - indices)
 
 
-def top_k_parts_eager(logits: Tensor, k: int, first_id: int, width: int, out: Tensor) -> None:
+def top_k_parts_eager(logits: Tensor, k: int, first_column: int, width: int, out: Tensor) -> None:
     """Same as ``top_k_parts``, into ``out``: of every ``width`` columns the best keys and sums."""
     out.fill_(NOTHING)
     for part, x in enumerate(nan_to_minus_inf(logits.float()).split(width, dim=1)):
         values, columns = x.sort(dim=-1, descending=True, stable=True)
-        keys = order_keys(values, columns + first_id + part * width)[:, :k]
+        keys = order_keys(values, columns + first_column + part * width)[:, :k]
         out[:, part, : keys.shape[1]] = keys
         out[:, part, k] = x.logsumexp(-1).view(torch.int32)
 

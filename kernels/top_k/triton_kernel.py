@@ -27,12 +27,12 @@ def _log_sum_exp(x):
     return reference + tl.log(tl.sum(tl.exp(x - reference)))
 
 
-@triton.jit(do_not_specialize=["first_id"])
+@triton.jit(do_not_specialize=["first_column"])
 def top_k_parts_kernel(
     parts_ptr,  # [rows, parts, K + 1] int64
     logits_ptr,  # [rows, num_columns]
     num_columns,
-    first_id,  # of column 0
+    first_column,  # of column 0
     stride_parts,
     stride_logits,
     K: tl.constexpr,
@@ -58,7 +58,7 @@ def top_k_parts_kernel(
         best = tl.max(group_best, 0)
         # Nothing left: the first group is looked at in vain.
         found = tl.where(best == NOTHING, begin, key_index(best))
-        key = order_key(key_value(best), first_id + found)
+        key = order_key(key_value(best), first_column + found)
         tl.store(parts_ptr + i, tl.where(best == NOTHING, NOTHING, key))
         its_group = (found - begin) // WIDTH
         again = begin + its_group * WIDTH + lane

@@ -1,6 +1,5 @@
 """The public call: checks its arguments, then runs the Triton kernel or the eager twin."""
 
-
 import torch
 from torch import Tensor
 

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from vllm_msd.kernels import Beams, Candidates, DraftPlace, LevelInputs
-from vllm_msd.tree import DraftTree, TreeShape, grow_tree
-from vllm_msd.tree.fused import GrowthBuffers, Vocabulary, grow_tree_fused
+from vllm_msd.tree import (
+    DraftTree,
+    GrowthBuffers,
+    TreeShape,
+    Vocabulary,
+    grow_tree,
+    grow_tree_fused,
+)
 
 HIDDEN, BLOCK_SIZE = 24, 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -12,10 +13,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from demo_factory.world import Sample
 from tests.common.worker import HANGS, REPOSITORY
@@ -36,7 +39,7 @@ class Server:
         if self.process.poll() is not None:
             return False
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=60) as reply:
                 return reply.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -63,21 +66,28 @@ class Server:
                 self.process.wait(10)
 
 
-def start_server(folder: Path, environment: Mapping[str, str], cores: set[int]) -> Server:
+def start_server(
+    folder: Path,
+    environment: Mapping[str, str],
+    cores: set[int],
+    options: Sequence[str] = (),
+    command: Sequence[str] = ("bash", str(REPOSITORY / "examples" / "serve.sh")),
+) -> Server:
     """Start the demo pair's server and wait until it answers.
 
     ``environment`` and ``cores`` are those of a fresh process: an engine inside the test process
-    changes both, and a subprocess would inherit one core of the machine's.
+    changes both, and a subprocess would inherit one core of the machine's. ``options`` are further
+    ones of ``vllm serve``.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder / "server.log"
-    options = ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"]
-    options += ["--max-model-len", str(MAX_MODEL_LEN), "--limit-mm-per-prompt", '{"image": 2}']
+    given = ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"]
+    given += ["--max-model-len", str(MAX_MODEL_LEN), "--limit-mm-per-prompt", '{"image": 2}']
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["bash", str(REPOSITORY / "examples" / "serve.sh"), *options],
+            [*command, *given, *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=dict(environment) | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
@@ -92,6 +102,37 @@ def start_server(folder: Path, environment: Mapping[str, str], cores: set[int]) 
             raise RuntimeError(f"the server did not come up; its log ends\n{log_end(log)}")
         time.sleep(0.5)
     return server
+
+
+@dataclass
+class Outcome:
+    """What came of one request; ``text`` only where the answer was awaited."""
+
+    case: str
+    status: int
+    text: str | None = None
+    question: int = -1
+    detail: str = ""
+
+
+async def ask(client: httpx.AsyncClient, case: str, body: dict[str, Any]) -> Outcome:
+    """Send a chat request, streamed where it says so; the case ``aborted`` leaves its stream."""
+    if not body.get("stream"):
+        reply = await client.post("/v1/chat/completions", json=body)
+        if reply.status_code != 200:
+            return Outcome(case, reply.status_code, detail=reply.text[:300])
+        return Outcome(case, 200, reply.json()["choices"][0]["message"]["content"])
+    text, chunks = "", 0
+    async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        async for line in reply.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            for choice in json.loads(line.removeprefix("data: ")).get("choices", []):
+                text += choice["delta"].get("content") or ""
+            chunks += 1
+            if case == "aborted" and chunks == 3:
+                return Outcome(case, reply.status_code)  # leaves the stream in the middle
+        return Outcome(case, reply.status_code, text)
 
 
 def log_end(log: Path) -> str:

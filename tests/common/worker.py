@@ -26,6 +26,7 @@ JOBS = {
     "draft_rows": "tests.common.draft_rows:draft_rows",
     "greedy": "tests.common.lossless:greedy_identity",
     "random": "tests.common.tree_identity:random_identity",
+    "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",
     "tree": "tests.common.tree_identity:tree_identity",

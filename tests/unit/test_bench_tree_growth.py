@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 def test_rehearsal(tmp_path):
     out = tmp_path / "tiny.json"
     done = subprocess.run(
-        [sys.executable, "benchmarks/bench_tree_growth.py", "--tiny", "--out", str(out)],
+        [sys.executable, "-m", "benchmarks.tree_growth", "--tiny", "--out", str(out)],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.pages import __main__ as pages
 from benchmarks.pages import chart
+from tests.common import server_soak
 from tests.long.soak import PARTS, failures
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +34,15 @@ def test_long_runs_are_complete_and_hold():
     for part, report in result.items():
         assert not report["provenance"]["settings"]["quick"]
         assert failures(part, report) == report["failures"] == []
+
+
+def test_serving_met_its_faults():
+    result = json.loads((ROOT / "benchmarks/results/faults.json").read_text())
+    configs, requests = result["config-fuzz"], result["request-fuzz"]["statuses"]
+    assert configs["served"] + configs["refused"] >= 2000 <= sum(requests.values())
+    assert all(status < "5" for status in requests) and not result["request-fuzz"]["server_ended"]
+    for run in ("first", "second"):
+        soak = result[f"server-soak-{run}"]
+        assert soak["requests"] == sum(soak["statuses"].values()) >= server_soak.REQUESTS
+        assert soak["different"] == soak["left_running"] == len(soak["held"]) == 0
+        assert soak["memory_growth_mib"] < server_soak.MEMORY_GROWTH_MIB

@@ -1,6 +1,6 @@
 """Laying trees over a step's rows: the eager twin here, the Triton kernel in the interpreter.
 
-The oracle works on whole tensors, row by row of the logits, as vLLM lays out a step. What could go
+The oracle is `TreeStore`, which works on whole tensors, row by row of the logits. What could go
 wrong: rows of a prompt in front of a tree, trees cut short, requests without drafts, padding, a
 query longer than a program's block, several dimensions of positions changed in place.
 
@@ -19,9 +19,9 @@ from tests.common.triton_interpreter import (
     run_again_interpreted,
 )
 from vllm_msd.kernels import place_trees
-from vllm_msd.tree import DraftTree
+from vllm_msd.tree import DraftTree, TreeStore
 
-SLOTS, NODES, PADDING = 9, 12, 3
+SLOTS, NODES, PADDING = 12, 12, 3
 # Rows of the query and how many of the last are nodes.
 QUERIES = [(12, 12), (1, 1), (2500, 1), (5, 5), (1100, 7), (1, 1), (2, 2)]
 
@@ -42,7 +42,7 @@ def offsets(lengths, dtype=torch.int32):
 
 
 def make_step(dims, seed=0):
-    """Arguments of `place_trees`, outputs full of what nobody wrote."""
+    """Trees, and arguments of `place_trees` with outputs full of what nobody wrote."""
     g = torch.Generator().manual_seed(seed)
     tokens, parents, _, _ = random_forest([NODES] * SLOTS, NODES, seed=seed)
     tree = DraftTree.from_parents(tokens, parents, check=False)
@@ -53,7 +53,7 @@ def make_step(dims, seed=0):
     # As vLLM's M-RoPE buffer, rows of which have one place more than is used.
     linear = torch.zeros(*shape[:-1], rows + 1, dtype=torch.int64)[..., :-1]
     linear.copy_(torch.randint(0, 9000, shape, generator=g))
-    return {
+    return tree, {
         "depths": tree.depths,
         "ancestors": tree.ancestors,
         "slots": torch.randperm(SLOTS, generator=g)[: len(QUERIES)],
@@ -71,7 +71,7 @@ def make_step(dims, seed=0):
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
 def test_rows_of_a_mixed_step(dims, integers):
-    step = make_step(dims)
+    tree, step = make_step(dims)
     step["slots"] = step["slots"].to(integers)
     step["node_start"] = step["node_start"].to(integers)
     linear = step["linear"].clone()
@@ -82,13 +82,18 @@ def test_rows_of_a_mixed_step(dims, integers):
     node = torch.cat([torch.arange(n) for n in counts.tolist()])
     row = (ends - counts).repeat_interleave(counts) + node
     slot = step["slots"].long().repeat_interleave(counts)
-    starts = torch.where(counts > 1, step["seq_lens"] - counts, -1)
-    assert step["tree_start"].tolist() == [*starts.tolist(), *[-1] * PADDING]
-    assert torch.equal(step["root_rows"], ends - counts)
+    store = TreeStore(SLOTS, len(step["row_ancestors"]), NODES)
+    store.put(slice(0, SLOTS), tree)
+    padded = len(QUERIES) + PADDING
+    laid = store.begin_step(
+        slot, node, row, step["node_start"], step["seq_lens"], padded, len(step["row_ancestors"])
+    )
+    assert torch.equal(step["tree_start"], laid.tree_start)
+    assert torch.equal(step["root_rows"], store.step.root_rows)
     expected = torch.full_like(step["row_ancestors"], 7)
-    expected[row] = step["ancestors"][slot, node]
+    expected[row] = laid.ancestors[row]
     assert torch.equal(step["row_ancestors"], expected)
-    linear[..., row] += step["depths"][slot, node] - node
+    linear[..., row] += store.shift(slot, node)
     used = int(ends[-1])
     assert torch.equal(step["positions"][..., :used], linear[..., :used])
     assert dims > 1 or (step["positions"][used:] == 7).all()
@@ -96,7 +101,7 @@ def test_rows_of_a_mixed_step(dims, integers):
 
 
 def test_what_does_not_fit_is_refused():
-    step = make_step(1)
+    _, step = make_step(1)
     for name, bad, message in (
         ("slots", step["slots"].float(), r"slots is torch\.float32"),
         ("linear", step["linear"][None, None], r"expected \[rows\] or \[dims, rows\]"),
@@ -121,7 +126,7 @@ def test_the_launch_reads_no_tensor(monkeypatch):
             return lambda *args, **kwargs: grids.append(grid)
 
     monkeypatch.setattr(triton_kernel, "place_trees_kernel", Recorder())
-    step = {name: t.to("meta") for name, t in make_step(3).items()}
+    step = {name: t.to("meta") for name, t in make_step(3)[1].items()}
     with NoOperation():
         place_trees(**step)
     assert grids == [(len(QUERIES) + PADDING,)]

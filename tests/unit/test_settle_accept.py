@@ -11,11 +11,6 @@ The interpreter must be on before Triton is imported, so this file runs itself a
 process of its own, where the same calls take the kernels.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -28,22 +23,13 @@ from tests.common.accepted_paths import (
     walked_one_by_one,
 )
 from tests.common.launches import NoOperation
+from tests.common.triton_interpreter import INTERPRETED, run_again_interpreted
 from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
-
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    run_again_interpreted(__file__)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,17 +10,16 @@ import json
 import random
 import subprocess
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 
 from demo_factory.world import KINDS, Sample, sample
-from tests.common.server import MAX_MODEL_LEN, REPOSITORY, Server, chat_messages, image_url, png
-from tests.common.worker import HANGS
+from tests.common.server import MAX_MODEL_LEN, Outcome, Server, ask, chat_messages, image_url, png
+from tests.common.server_soak import held_after
+from tests.common.worker import HANGS, REPOSITORY
 
 pytestmark = pytest.mark.long
 REQUESTS = {
@@ -35,17 +34,6 @@ REQUESTS = {
 CONCURRENCY = 8
 MAX_TOKENS = 48
 DISTINCT = 28
-
-
-@dataclass
-class Outcome:
-    """What came of one request; ``text`` only where the answer was awaited."""
-
-    case: str
-    status: int
-    text: str | None = None
-    question: int = -1
-    detail: str = ""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +74,7 @@ async def _send_all(server: Server, cases: list[str], questions: list[Sample]) -
             async with gate:
                 number = index % len(questions)
                 body = _body(case, index, questions[number])
-                outcome = await _send(client, case, body)
+                outcome = await ask(client, case, body)
                 outcome.question = number
                 return outcome
 
@@ -123,25 +111,6 @@ def _body(case: str, index: int, question: Sample) -> dict[str, Any]:
         ]
         body["messages"] = [{"role": "user", "content": parts}]
     return body
-
-
-async def _send(client: httpx.AsyncClient, case: str, body: dict[str, Any]) -> Outcome:
-    if not body.get("stream"):
-        reply = await client.post("/v1/chat/completions", json=body)
-        if reply.status_code != 200:
-            return Outcome(case, reply.status_code, detail=reply.text[:300])
-        return Outcome(case, 200, reply.json()["choices"][0]["message"]["content"])
-    text, chunks = "", 0
-    async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            for choice in json.loads(line.removeprefix("data: ")).get("choices", []):
-                text += choice["delta"].get("content") or ""
-            chunks += 1
-            if case == "aborted" and chunks == 3:
-                return Outcome(case, reply.status_code)  # leaves the stream in the middle
-        return Outcome(case, reply.status_code, text)
 
 
 def test_server_stays_up(msd_server, outcomes):
@@ -188,19 +157,5 @@ def test_answers_after_the_storm_are_the_same(msd_server, outcomes, questions, p
 
 
 def test_nothing_is_left_running(msd_server, outcomes):
-    """Aborted streams must have given their place and their cache back.
-
-    The gauges are set by engine steps, so one more request makes sure that they are current.
-    """
-    body = {"model": "msd-demo", "prompt": "hello", "max_tokens": 1}
-    for _ in range(60):
-        httpx.post(f"{msd_server.url}/v1/completions", json=body, timeout=HANGS).raise_for_status()
-        metrics = msd_server.metrics()
-        left = {
-            name: metrics[f"vllm:{name}"]
-            for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        }
-        if not any(left.values()):
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"still held half a minute after the last client left: {left}")
+    """Aborted streams must have given their place and their cache back."""
+    assert held_after(msd_server) == {}

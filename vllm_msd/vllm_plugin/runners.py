@@ -2,8 +2,8 @@
 
 Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
 simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
-drives chains as it is, and gets our speculator for trees. Engines in the same process that
-speculate otherwise are not touched.
+drives chains as it is (but for LoRA, see `gpu.lora`), and gets our speculator for trees. Engines in
+the same process that speculate otherwise are not touched.
 """
 
 import functools
@@ -27,8 +27,14 @@ def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def init_device(self: Any) -> None:
-        if not is_msd(self.vllm_config) or self.vllm_config.use_v2_model_runner:
+        if not is_msd(self.vllm_config):
             original(self)
+        elif self.vllm_config.use_v2_model_runner:
+            original(self)
+            if self.vllm_config.lora_config is not None:
+                from vllm_msd.vllm_plugin.gpu.lora import follow_drafts
+
+                follow_drafts(self.worker.model_runner)
         elif wants_trees(self.vllm_config):
             with _tree_runner():
                 original(self)

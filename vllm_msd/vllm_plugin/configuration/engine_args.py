@@ -11,11 +11,14 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin import METHOD
-from vllm_msd.vllm_plugin.configuration import guards, resolve
+from vllm_msd.vllm_plugin.configuration import guards, resolve, values
 from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
 
@@ -42,13 +45,21 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
         the merged config with `method` msd, or None when the request is for something else.
 
     Raises:
-        ConfigError: a flag contradicts the config, or `model` is msd under another method.
+        ConfigError: the config is not a table, something is given twice with two values, or `model`
+            is msd under another method.
     """
     config = engine_args.speculative_config
-    if config is not None and not isinstance(config, dict):
-        return None
-    merged = {str(k).replace("-", "_"): v for k, v in (config or {}).items()}
+    if config is not None:
+        values.check_is_table(config)
+    merged: dict[str, Any] = {}
     clashes = []
+    for key, value in (config or {}).items():
+        name = str(key).replace("-", "_")
+        if merged.get(name, value) != value:
+            clashes.append(
+                f"speculative_config[{key!r}]={value!r} contradicts {name!r}={merged[name]!r}"
+            )
+        merged[name] = value
     for flag, attribute, key in _SPEC_FLAGS:
         value = getattr(engine_args, attribute)
         if value is None:
@@ -58,6 +69,8 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
                 f"{flag} {value} contradicts speculative_config[{key!r}]={merged[key]!r}"
             )
         merged[key] = value
+    if isinstance(merged.get("model"), PathLike):
+        merged["model"] = fspath(merged["model"])
     method, model = merged.get("method"), merged.get("model")
     if method is None and isinstance(model, str) and resolve.is_msd_draft(model):
         method = merged["method"] = METHOD
@@ -88,6 +101,7 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
         if request is None:
             return original(self, target_model_config, target_parallel_config)
         guards.check_keys(request)
+        values.check_names(request)
         name = resolve.find_draft(target_model_config.model, request.get("model"))
         draft = resolve.read_draft(name, request.get("revision"), self.download_dir)
         request = {**request, **guards.size_settings(request, draft)}
@@ -110,7 +124,10 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
             tree=tree,
         )
         with _arguments(self, vllm_request), _draft_config(hf_config):
-            return original(self, target_model_config, target_parallel_config)
+            try:
+                return original(self, target_model_config, target_parallel_config)
+            except ValidationError as error:
+                raise values.in_words(error) from error
 
     return create_speculative_config
 
@@ -150,6 +167,8 @@ def wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         method = parser._option_string_actions["--spec-method"]
         if method.choices is not None and METHOD not in method.choices:
             method.choices = [METHOD, *method.choices]
+        config = parser._option_string_actions["--speculative-config"]
+        config.type = values.table_on_the_command_line(config.type)
         group = next(g for g in parser._action_groups if method in g._group_actions)
         group.add_argument(
             "--speculative-model",

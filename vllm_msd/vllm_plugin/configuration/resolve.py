@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def is_msd_draft(model: str) -> bool:
     or a folder in our own format."""
     if model == AUTO or model in PUBLISHED_DRAFTS.values():
         return True
-    return _read_json(Path(model) / "config.json").get("model_type") == "msd"
+    return bool(model) and _read_json(Path(model) / "config.json").get("model_type") == "msd"
 
 
 def find_draft(target: str, model: str | None) -> str:
@@ -53,14 +54,14 @@ def find_draft(target: str, model: str | None) -> str:
     name = hub_name(target)
     if name in PUBLISHED_DRAFTS:
         return PUBLISHED_DRAFTS[name]
-    folder = Path(target).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(target))
+    if not os.path.isdir(folder):
         raise ConfigError(_unknown_target(name))
     if (folder / "msd" / "config.json").is_file():
         return str(folder / "msd")
     if named := _read_json(folder / "config.json").get(TARGET_KEY):
         beside = folder / str(named)
-        return str(beside.resolve()) if beside.is_dir() else _given(str(named))
+        return str(beside.resolve()) if os.path.isdir(beside) else _given(str(named))
     siblings = _siblings_naming(folder)
     if len(siblings) == 1:
         return str(siblings[0])
@@ -83,10 +84,14 @@ def read_draft(name: str, revision: str | None, download_dir: str | None) -> MSD
     """
     from vllm_msd.checkpoint import load_draft_config
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return load_draft_config(Path(name))
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         folder = snapshot_download(
@@ -95,7 +100,7 @@ def read_draft(name: str, revision: str | None, download_dir: str | None) -> MSD
             cache_dir=download_dir,
             allow_patterns=["*.json", "*.safetensors", "*.bin"],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"the draft {name} could not be fetched from the hub ({error}). Check its name and the "
             "network, or download it and give its folder as the speculative model."
@@ -112,9 +117,10 @@ def hub_name(target: str) -> str:
 
 
 def _given(model: str) -> str:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return str(folder)
+    # Not pathlib's: these take any text, too long a name or the home of nobody included.
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        return str(Path(folder))
     if _HUB_NAME.fullmatch(model) and not model.startswith("."):
         return model
     raise ConfigError(
@@ -129,7 +135,8 @@ def _siblings_naming(target: Path) -> list[Path]:
     found = []
     for config_path in sorted(target.parent.glob("*/config.json")):
         config = _read_json(config_path)
-        named = (config.get("target") or {}).get("name_or_path")
+        of = config.get("target")
+        named = of.get("name_or_path") if isinstance(of, dict) else None
         if config.get("model_type") != "msd" or not isinstance(named, str):
             continue
         if (config_path.parent / named).resolve() == target:
@@ -158,10 +165,12 @@ def _unknown_target(name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON table in a file; empty when there is no such file or it holds something else."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Model Runner V1's drafter for MSD: vLLM's EAGLE proposer with four mends.
+"""Model Runner V1's drafter for MSD: vLLM's EAGLE proposer with five mends.
 
 Model Runner V2 needs none of them. Each mend concerns only which rows and positions the draft gets;
 a wrong one changes no output, it costs accepted tokens.
@@ -6,6 +6,7 @@ a wrong one changes no output, it costs accepted tokens.
 
 import torch
 from torch import nn
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -31,6 +32,10 @@ class MSDProposer(EagleProposer):
         if not hasattr(config, "image_token_index") and hasattr(config, "image_token_id"):
             config.image_token_index = config.image_token_id
         super().load_model(target_model)
+        # The target's adapters are not the draft's; Model Runner V2 sees to it itself.
+        embedding = self.model.model.embed_tokens
+        if isinstance(embedding, BaseLayerWithLoRA):
+            self.model.model.embed_tokens = embedding.base_layer
         # The runner stops drafting for the whole batch while any request is within
         # num_speculative_tokens of max_model_len, which leaves holes in the other requests' draft
         # caches. Drafting past the end is safe (such rows get the padding slot and the scheduler

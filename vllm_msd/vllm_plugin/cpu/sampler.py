@@ -22,6 +22,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_msd.tree import TreeStore
+from vllm_msd.vllm_plugin.cpu.seeds import DrawsByDepth
 from vllm_msd.vllm_plugin.cpu.step import StepNodes
 
 
@@ -63,14 +64,15 @@ class TreeRejectionSampler(RejectionSampler):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         if draft_probs is not None or self.synthetic_mode:
             raise ValueError("draft trees are accepted exactly and without draft probabilities")
-        shown = logits
+        shown, draws = logits, None
         if sampling_metadata.all_greedy and _leaves_logits_alone(sampling_metadata):
             drawn = self.sampler.greedy_sample(logits.to(torch.float32))
         else:
             logits = logits.to(torch.float32, copy=True)
             if not _leaves_logits_alone(sampling_metadata):
                 self._process(logits, metadata, sampling_metadata)
-            per_node = _per_node(step, sampling_metadata)
+            draws = self._draws(step, sampling_metadata, logits)
+            per_node = _per_node(step, sampling_metadata, draws.of_rows)
             drawn, processed = self.sampler.sample(logits, per_node)
             shown = shown if processed is None else processed
 
@@ -78,11 +80,25 @@ class TreeRejectionSampler(RejectionSampler):
         accepted = self.store.accept(requests, step.row_start, drawn.long(), step.tokens)
         columns = metadata.max_spec_len + 1  # no path of this step is longer
         tokens, nodes = accepted.tokens[:, :columns], accepted.nodes[:, :columns]
+        if draws is not None:
+            draws.settle((tokens >= 0).sum(1).tolist())
         logprobs = None
         if (count := sampling_metadata.max_num_logprobs) is not None:
             rows = step.row_start[:-1, None] + nodes.clamp(min=0)
             logprobs = self._logprobs(shown[rows.flatten()], tokens.flatten(), count)
         return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=logprobs)
+
+    def _draws(
+        self, step: StepNodes, sampling_metadata: SamplingMetadata, logits: Tensor
+    ) -> DrawsByDepth:
+        """The generators of the seeded requests' nodes."""
+        row = torch.zeros_like(logits[:1])
+        return DrawsByDepth(
+            sampling_metadata.generators,
+            step.row_start.tolist(),
+            (step.nodes + step.shift).tolist(),
+            lambda generator: self.sampler.topk_topp_sampler(row, {0: generator}, None, None),
+        )
 
     def _process(
         self, logits: Tensor, metadata: SpecDecodeMetadata, sampling_metadata: SamplingMetadata
@@ -138,13 +154,14 @@ def _add_bias(logits: Tensor, processor: LogitBiasLogitsProcessor, num_rows: lis
         first_row += count
 
 
-def _per_node(step: StepNodes, sampling_metadata: SamplingMetadata) -> SamplingMetadata:
+def _per_node(
+    step: StepNodes, sampling_metadata: SamplingMetadata, generators: dict[int, torch.Generator]
+) -> SamplingMetadata:
     """What the draws depend on, with a row for each node in the place of one for each request."""
 
     def spread(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[step.slots]
 
-    start = step.row_start.tolist()
     min_p = LogitsProcessors()
     for processor in sampling_metadata.logitsprocs.argmax_invariant:
         if not isinstance(processor, MinPLogitsProcessor):
@@ -158,10 +175,6 @@ def _per_node(step: StepNodes, sampling_metadata: SamplingMetadata) -> SamplingM
         temperature=spread(sampling_metadata.temperature),
         top_k=spread(sampling_metadata.top_k),
         top_p=spread(sampling_metadata.top_p),
-        generators={
-            row: generator
-            for request, generator in sampling_metadata.generators.items()
-            for row in range(start[request], start[request + 1])
-        },
+        generators=generators,
         logitsprocs=min_p,
     )

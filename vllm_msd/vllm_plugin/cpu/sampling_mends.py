@@ -1,4 +1,4 @@
-"""Mends vLLM's sampling under speculation on the CPU (Model Runner V1), in two places.
+"""Mends vLLM's sampling on the CPU (Model Runner V1), in three places.
 
 1. The rejection sampler spreads each request's temperature, top-p and top-k over its drafted
 tokens. On the CPU that kernel is replaced by a C++ one for int64 tensors, and the adapter around it
@@ -8,10 +8,15 @@ way.
 
 2. A step without drafted tokens (a prompt's first) hands the sampler an empty batch, and top-k
 without top-p takes the maximum over its k: the engine dies.
+
+3. A prompt that is read in chunks has a token sampled after each, which is thrown away; the random
+numbers of a seeded request are wound back then, which a CPU's generator cannot do: the engine dies,
+with and without speculation.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -54,3 +59,38 @@ def wrap_apply_top_k_only(original: Callable[..., torch.Tensor]) -> Callable[...
         return original(logits, k) if logits.shape[0] else logits
 
     return apply_top_k_only
+
+
+def wrap_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
+    """The replacement for ``WorkerWrapperBase.initialize_from_config``: the runner is complete."""
+
+    @functools.wraps(original)
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        if self.vllm_config.device_config.device_type == "cpu" and not (
+            self.vllm_config.use_v2_model_runner
+        ):
+            runner = self.worker.model_runner
+            runner.sample_tokens = spare_unfinished_prompts(runner)
+
+    return initialize_from_config
+
+
+def spare_unfinished_prompts(runner: Any) -> Callable[..., Any]:
+    """``runner.sample_tokens``, but no unfinished prompt draws from its request's generator.
+
+    What is sampled for it is thrown away, so it may come from anywhere.
+    """
+    sample_tokens = runner.sample_tokens
+
+    @functools.wraps(sample_tokens)
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        unfinished = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        spared = {row: batch.generators.pop(row) for row in unfinished if row in batch.generators}
+        try:
+            return sample_tokens(*args, **kwargs)
+        finally:
+            batch.generators.update(spared)
+
+    return sample

@@ -46,10 +46,12 @@ PATCHES: tuple[Patch, ...] = (
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
         make="vllm_msd.vllm_plugin.runners:wrap_init_device",
         what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built; "
-        "for draft trees, puts our subclass in the place of the CPU's runner.",
+        "for draft trees, puts our subclass in the place of the CPU's runner. With LoRA, tells "
+        "Model Runner V2 how many rows of logits each request has.",
         why="The EAGLE drafter of V1 feeds the draft a wrong row at the end of a prompt chunk, "
-        "M-RoPE positions, and stops drafting for all when one request nears max_model_len. "
-        "vLLM verifies chains only.",
+        "M-RoPE positions and the target's adapters, and stops drafting for all when one request "
+        "nears max_model_len. vLLM verifies chains only. V2 knows the adapter of one row a "
+        "request.",
         remove_when="Model Runner V1 is gone from every supported version.",
         used_as=(
             (
@@ -60,6 +62,7 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.v1.worker.cpu_worker",
                 'self.model_runner = CPUModelRunner(self.vllm_config, torch.device("cpu"))',
             ),
+            ("vllm.v1.worker.gpu.model_runner", "self.lora_state.make_lora_inputs("),
         ),
     ),
     Patch(
@@ -107,6 +110,17 @@ PATCHES: tuple[Patch, ...] = (
         why="Without top-p, Model Runner V1 on the CPU fails on the empty batch; the engine dies.",
         remove_when="vLLM's apply_top_k_only accepts an empty batch in every supported version.",
         used_as=(("vllm.v1.sample.ops.topk_topp_sampler", "return apply_top_k_only(logits, k)"),),
+    ),
+    Patch(
+        name="cpu-seeds",
+        target="vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "kv_cache_configs")),
+        make="vllm_msd.vllm_plugin.cpu.sampling_mends:wrap_initialize_from_config",
+        what="Samples after a chunk of an unfinished prompt without its request's seed.",
+        why="Model Runner V1 winds the seed's generator back, which no CPU generator can; the "
+        "engine dies, with and without speculation.",
+        remove_when="vLLM winds no CPU generator back in any supported version.",
+        used_as=(("vllm.v1.worker.gpu_model_runner", "gen.set_offset(gen.get_offset() - 4)"),),
     ),
     Patch(
         name="image-read-ahead",

@@ -1,8 +1,8 @@
 """Time the kernels that grow a tree on a GPU, beside the same in PyTorch's operations.
 
-    python benchmarks/bench_tree_growth.py                            # a minute or two
-    python benchmarks/bench_tree_growth.py --models llava-1.5-7b --batch 1
-    python benchmarks/bench_tree_growth.py --tiny --out tiny.json     # a rehearsal, no GPU
+    python -m benchmarks.tree_growth                                  # a minute or two
+    python -m benchmarks.tree_growth --models llava-1.5-7b --batch 1
+    python -m benchmarks.tree_growth --tiny --out tiny.json           # a rehearsal, no GPU
 
 PyTorch and Triton are all it needs, from a clone that need not be installed. Three things are
 timed: the best tokens of one level's rows, a whole growth without its draft (the logits are the
@@ -22,13 +22,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import kernels_path  # noqa: F401
 import torch
-from bench_tree_attention import copy_bandwidth, seconds_per_call, versions
 
+from benchmarks.tree_attention.__main__ import copy_bandwidth, seconds_per_call, versions
 from vllm_msd.kernels import DraftPlace, LevelInputs, TopK, allocate_parts, place_trees, top_k
-from vllm_msd.tree import DraftTree, TreeShape, grow_tree
-from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
+from vllm_msd.tree import DraftTree, GrowthBuffers, TreeShape, grow_tree, grow_tree_fused
 
 COLD_BYTES = 256 * 2**20
 # Columns of the head and width of a hidden row.

@@ -1,0 +1,186 @@
+"""A thousand mixed requests, 64 at a time, for a server under MSD: what to send, and what came."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+from PIL import Image
+
+from demo_factory.world import KINDS, sample
+from tests.common.server import MAX_MODEL_LEN, Outcome, Server, ask, chat_messages, image_url, png
+from tests.common.worker import HANGS
+
+REQUESTS = 1000
+CONCURRENCY = 64
+MEMORY_GROWTH_MIB = 48  # at most, from the second quarter of a run to its last
+MAX_TOKENS = 32
+DISTINCT = 28
+SHARES = {
+    "good": 20,
+    "streamed": 20,
+    "adapter": 20,
+    "structured": 10,
+    "seeded": 6,
+    "aborted": 10,
+    "corrupt_image": 5,
+    "huge_image": 1,
+    "oversized": 4,
+    "wrong_type": 4,
+}
+# Whose text must be that of no speculation, and which must be refused.
+ANSWERED = ("good", "streamed", "adapter", "structured", "seeded")
+REFUSED = ("corrupt_image", "huge_image", "oversized", "wrong_type")
+ADAPTERS = ("first", "second")
+_RULES = (
+    {"regex": "(yes|no), it is [a-z]{3,8}"},
+    {"choice": ["a long answer to choose", "b is shorter"]},
+    {"json": {"type": "object", "properties": {"n": {"enum": [1, 25]}}, "required": ["n"]}},
+)
+_BAD_FILES = (b"not an image", b"", bytes(range(256)) * 20)
+
+
+def orders(count: int, number: int) -> list[tuple[str, dict[str, Any]]]:
+    """``count`` cases and bodies in a drawn order; the same ones for the same arguments."""
+    questions = [sample(KINDS[i % len(KINDS)], 40_000 + i, "test") for i in range(DISTINCT)]
+    messages = [chat_messages(question) for question in questions]
+    whole, huge = png(sample("vqa", 0, "test")), _huge_image()
+    total = sum(SHARES.values())
+    cases = [case for case, share in SHARES.items() for _ in range(share * count // total)]
+    random.Random(number).shuffle(cases)
+    result = []
+    for index, case in enumerate(cases):
+        body: dict[str, Any] = {
+            "model": "msd-demo",
+            "messages": messages[index % DISTINCT],
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+        }
+        if case in ("streamed", "aborted"):
+            body["stream"] = True
+        elif case == "adapter":
+            body["model"] = ADAPTERS[index % len(ADAPTERS)]
+        elif case == "structured":
+            body["structured_outputs"] = _RULES[index % len(_RULES)]
+        elif case == "seeded":
+            body |= {"temperature": 0.8, "seed": index % 5}
+        elif case == "corrupt_image":
+            bad = (whole[: len(whole) // 3], *_BAD_FILES)[index % 4]
+            body["messages"] = _about(bad)
+        elif case == "huge_image":
+            body["messages"] = _about(huge)
+        elif case == "oversized":
+            body["messages"] = [{"role": "user", "content": "word " * (MAX_MODEL_LEN * 3)}]
+        elif case == "wrong_type":
+            body |= ({"temperature": "hot"}, {"max_tokens": -4}, {"n": 0})[index % 3]
+        result.append((case, body))
+    return result
+
+
+def _about(picture: bytes) -> list[dict[str, Any]]:
+    url = {"type": "image_url", "image_url": {"url": image_url(picture)}}
+    return [{"role": "user", "content": [url, {"type": "text", "text": "What?"}]}]
+
+
+def _huge_image() -> bytes:
+    """A small file that says it has 400 million pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def key(body: dict[str, Any]) -> str:
+    """What a body asks, streamed or not."""
+    return json.dumps({name: value for name, value in body.items() if name != "stream"})
+
+
+def plain_texts(server: Server, asked: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, str]:
+    """Answers of a server without speculation to all that must be answered, by `key`."""
+    distinct = {key(body): body for case, body in asked if case in ANSWERED}
+    bodies = [{**body, "stream": False} for body in distinct.values()]
+    found = asyncio.run(_send_all(server, [("good", body) for body in bodies], []))
+    return {wanted: outcome.text or "" for wanted, outcome in zip(distinct, found, strict=True)}
+
+
+def soak(
+    server: Server, asked: Sequence[tuple[str, dict[str, Any]]]
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Send all; the outcomes, and what the server's processes and counters say."""
+    before, memory = server.metrics(), []
+    started = time.perf_counter()
+    found = asyncio.run(_send_all(server, asked, memory))
+    seconds = time.perf_counter() - started
+    left = held_after(server)
+    values = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
+    quarter = len(memory) // 4
+    return found, {
+        "seconds": round(seconds, 1),
+        "accepted": int(values["vllm:spec_decode_num_accepted_tokens_total"]),
+        "verified": int(values["vllm:spec_decode_num_draft_tokens_total"]),
+        "held": left,
+        "memory_mib": [round(value) for value in memory[:: max(1, len(memory) // 50)]],
+        "memory_growth_mib": round(
+            median(memory[-quarter:]) - median(memory[quarter : 2 * quarter]), 1
+        ),
+    }
+
+
+async def _send_all(
+    server: Server, asked: Sequence[tuple[str, dict[str, Any]]], memory: list[float]
+) -> list[Outcome]:
+    """Outcomes in the order of ``asked``; ``memory`` gets a sample (MiB) each second."""
+    gate = asyncio.Semaphore(CONCURRENCY)
+    limits = httpx.Limits(max_connections=CONCURRENCY)
+    async with httpx.AsyncClient(base_url=server.url, timeout=HANGS, limits=limits) as client:
+
+        async def one(case: str, body: dict[str, Any]) -> Outcome:
+            async with gate:
+                return await ask(client, case, body)
+
+        async def watch() -> None:
+            while True:
+                memory.append(resident(server))
+                await asyncio.sleep(1)
+
+        watcher = asyncio.create_task(watch())
+        try:
+            return await asyncio.gather(*(one(case, body) for case, body in asked))
+        finally:
+            watcher.cancel()
+
+
+def processes(server: Server) -> list[psutil.Process]:
+    """The server and everything it has started."""
+    root = psutil.Process(server.process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def resident(server: Server) -> float:
+    """MiB that the server's processes have in memory."""
+    return sum(process.memory_info().rss for process in processes(server)) / 2**20
+
+
+def held_after(server: Server) -> dict[str, float]:
+    """What the server still holds once all clients have gone; empty when it is nothing.
+
+    The gauges are set by engine steps, so one more request makes sure that they are current.
+    """
+    body = {"model": "msd-demo", "prompt": "hello", "max_tokens": 1}
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    held: dict[str, float] = {}
+    for _ in range(60):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=HANGS).raise_for_status()
+        metrics = server.metrics()
+        held = {name: metrics[f"vllm:{name}"] for name in names if metrics[f"vllm:{name}"]}
+        if not held:
+            break
+        time.sleep(0.5)
+    return held

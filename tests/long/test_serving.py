@@ -1,0 +1,102 @@
+"""Serving's long forms: odd configs, odd requests, and a thousand requests twice.
+
+    MSD_LONG=1 python -m pytest tests/long/test_serving.py
+
+Results go to ``benchmarks/results/faults.json``. The servers serve the demo pair in fp32, under
+MSD with trees, on the CPU.
+"""
+
+import os
+from collections import Counter
+
+import psutil
+
+from tests.common import server_fuzz, server_soak
+from tests.common.adapters import write_adapter
+from tests.common.server import Server, start_server
+from tests.long.record import FAULTS, long_form, write_part
+from tests.vllm.test_config_fuzz import engine, try_configs  # noqa: F401 (a fixture)
+from tests.vllm.test_server_fuzz import Judge
+from vllm_msd.demo.paths import demo_pair
+
+pytestmark = long_form
+EXAMPLES = 2000
+NUMBER = 20  # of the drawn configs and requests
+TREES = {"TOKENS": "16", "DEPTH": "5", "TOP_K": "4"}
+# oneDNN keeps code for each shape of a matrix product it has met, which looks like a leak.
+ENVIRONMENT = {**os.environ, **TREES, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+
+
+def test_configs(engine, monkeypatch):  # noqa: F811
+    outcomes = try_configs(engine, monkeypatch, EXAMPLES, NUMBER)
+    assert outcomes["served"] > 50 and outcomes["refused"] > 500
+    write_part(FAULTS, "config-fuzz", dict(outcomes), seed=NUMBER, examples=EXAMPLES)
+
+
+def test_requests(tmp_path):
+    server = start_server(tmp_path, ENVIRONMENT, os.sched_getaffinity(0))
+    judge = Judge(server)
+    try:
+        statuses = server_fuzz.fuzz(server, EXAMPLES, NUMBER, judge)
+        judge.server_is_well()
+    finally:
+        server.stop()
+    figures = {"statuses": statuses, "server_ended": False}
+    write_part(FAULTS, "request-fuzz", figures, seed=NUMBER, examples=EXAMPLES, **TREES)
+
+
+def test_soak(tmp_path):
+    adapters = [
+        f"{name}={write_adapter(tmp_path / name, str(demo_pair().target), number)}"
+        for number, name in enumerate(server_soak.ADAPTERS, 1)
+    ]
+    options = ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--enable-lora"]
+    options += ["--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", *adapters]
+    asked = server_soak.orders(server_soak.REQUESTS, NUMBER)
+
+    def started(name: str, *more: str) -> Server:
+        folder = tmp_path / name
+        folder.mkdir()
+        cores = os.sched_getaffinity(0)
+        return start_server(folder, ENVIRONMENT, cores, [*options, *more])
+
+    plain = started("plain", "--speculative-config", "None")
+    try:
+        expected = server_soak.plain_texts(plain, asked)
+    finally:
+        plain.stop()
+    assert len(set(expected.values())) > len(expected) // 3
+
+    for run in ("first", "second"):
+        server = started(run)
+        everything = server_soak.processes(server)
+        try:
+            found, figures = server_soak.soak(server, asked)
+            everything = server_soak.processes(server)
+            assert server.is_up()
+        finally:
+            server.stop()
+        _, alive = psutil.wait_procs(everything, timeout=10)
+        pairs = list(zip(asked, found, strict=True))
+        different = [
+            (body, outcome.status, outcome.text)
+            for (case, body), outcome in pairs
+            if case in server_soak.ANSWERED and outcome.text != expected[server_soak.key(body)]
+        ]
+        statuses = Counter(f"{outcome.case} {outcome.status}" for outcome in found)
+        figures |= {
+            "requests": len(asked),
+            "statuses": dict(sorted(statuses.items())),
+            "different": len(different),
+            "left_running": len(alive),
+            "distinct_answers": len(set(expected.values())),
+        }
+        settings = {"seed": NUMBER, "concurrency": server_soak.CONCURRENCY, **TREES}
+        write_part(FAULTS, f"server-soak-{run}", figures, **settings)
+        assert different == []
+        assert alive == [] and figures["held"] == {}
+        assert 0 < figures["accepted"] < figures["verified"]
+        assert figures["memory_growth_mib"] < server_soak.MEMORY_GROWTH_MIB
+        for case, outcome in ((case, outcome) for (case, _), outcome in pairs):
+            expected_status = range(400, 500) if case in server_soak.REFUSED else (200,)
+            assert outcome.status in expected_status, outcome
