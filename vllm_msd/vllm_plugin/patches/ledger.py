@@ -70,8 +70,9 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.worker.gpu.spec_decode:init_speculator",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("vllm_config", "device", "req_states")),
         make="vllm_msd.vllm_plugin.runners:wrap_init_speculator",
-        what="Gives Model Runner V2 the speculator that drafts trees, where an engine has them.",
-        why="vLLM drafts and verifies chains; which speculator it builds is a closed list.",
+        what="Gives Model Runner V2 our speculators: of trees, or of chains.",
+        why="vLLM drafts and verifies chains, and in full CUDA graphs reads prompts without their "
+        "images; which speculator it builds is a closed list.",
         remove_when="vLLM lets a plugin register a speculator.",
         used_as=(
             (
