@@ -108,8 +108,12 @@ def faults(name: str, result: dict[str, Any]) -> str:
     rows = []
     for part, report in result.items():
         settings = report["provenance"]["settings"]
-        found = {k.replace("_", " "): v for k, v in report.items() if isinstance(v, int | float)}
-        outcome = ", ".join(f"{shown(count)} {what}" for what, count in found.items())
+        outcome = ", ".join(
+            figure
+            for what, found in report.items()
+            if what != "provenance"
+            for figure in _figures(what.replace("_", " "), found)
+        )
         tried = part.replace("-", " ")
         rows.append((tried, settings.get("examples"), settings.get("seed"), outcome))
     return "\n\n".join(
@@ -120,3 +124,14 @@ def faults(name: str, result: dict[str, Any]) -> str:
             source_of_parts(name, result),
         ]
     )
+
+
+def _figures(what: str, found: Any) -> list[str]:
+    """A figure in words; of a table its entries, of a list its length."""
+    if isinstance(found, dict):
+        return [
+            figure for key, value in found.items() for figure in _figures(f"{what} {key}", value)
+        ]
+    if isinstance(found, bool):
+        return [f"{what}: {'yes' if found else 'no'}"]
+    return [f"{what}: {len(found) if isinstance(found, list) else shown(found)}"]

@@ -7,7 +7,9 @@ import pytest
 from tests.common.kills import killed
 
 
-@pytest.mark.parametrize(("what", "kills"), [("train", 2), ("convert", 2)])
+@pytest.mark.parametrize(
+    ("what", "kills"), [pytest.param("train", 2, marks=pytest.mark.long), ("convert", 2)]
+)
 def test_a_kill_changes_no_result(what, kills):
     number = random.SystemRandom().randrange(1 << 30)
     print("seed", number)

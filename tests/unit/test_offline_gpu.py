@@ -1,6 +1,7 @@
 """tools/offline_gpu: its scripts parse, unpack what they pack, and use names that exist.
 
-Not covered: anything that needs a GPU, and the downloads of `prepare.sh`.
+Not covered: anything that needs a GPU, and the downloads of `prepare.sh`. It is one long file since
+all of it is about one folder, whose scripts nothing else imports.
 """
 
 import ast

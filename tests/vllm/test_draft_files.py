@@ -90,6 +90,7 @@ def test_files_are_those_of_vllm_or_refused_by_all(names, tmp_path):
     assert len(told) == (names in REFUSED), told
 
 
+@pytest.mark.long
 def test_a_draft_as_users_have_it_is_served(tmp_path):
     """No bias in its fusion layer, saved rotary tables, shards beside another whole file."""
     pair = tiny.build_pair(tmp_path / "pair", "llava")
