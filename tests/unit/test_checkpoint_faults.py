@@ -62,6 +62,14 @@ def test_a_published_draft_without_a_fusion_bias(layout, tmp_path):
     assert draft.fc.bias is None and torch.equal(draft.fc.weight, state["fc.weight"])
 
 
+def test_a_damaged_number_of_layers_is_told_at_once(tmp_path):
+    write_published(tmp_path, "llava")
+    config = PUBLISHED["llava"] | {"num_hidden_layers": 10**30}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers: got 1000.*expected at most 256"):
+        load_draft(tmp_path)
+
+
 def test_other_weight_files_are_not_written_beside(tmp_path):
     draft = small_draft("llava")
     for name in ("model-1-of-2.safetensors", "model.safetensors.index.json"):

@@ -14,6 +14,8 @@ from vllm_msd.errors import ConfigError
 FORMAT_VERSION = 1
 LAYER_TYPES = ("llama", "qwen2")
 DTYPES = ("float32", "float16", "bfloat16")
+# A damaged number must not make readers list the weights of 10**30 layers.
+MAX_LAYERS = 256
 OPTIONAL_FIELDS = ("tree_depth", "tree_top_k")
 
 # What the published layouts imply without saying it: the decoder layer's type, the q/k/v bias, the
@@ -112,6 +114,11 @@ class MSDDraftConfig:
             "num_speculative_tokens",
         ):  # fmt: skip
             _positive_int(name, getattr(self, name))
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(
+                f"num_hidden_layers: got {self.num_hidden_layers}, expected at most {MAX_LAYERS}. "
+                "Is this the folder of an MSD draft? Most have one layer."
+            )
         for name in OPTIONAL_FIELDS:
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
