@@ -16,7 +16,7 @@ from tests.common.adapters import write_adapter
 from tests.common.server import Server, start_server
 from tests.long.record import FAULTS, long_form, write_part
 from tests.vllm.test_config_fuzz import engine, try_configs  # noqa: F401 (a fixture)
-from tests.vllm.test_server_fuzz import Judge
+from tests.vllm.test_server_fuzz import Judge, start_without_msd
 from vllm_msd.demo.paths import demo_pair
 
 pytestmark = long_form
@@ -34,14 +34,18 @@ def test_configs(engine, monkeypatch):  # noqa: F811
 
 
 def test_requests(tmp_path):
-    server = start_server(tmp_path, ENVIRONMENT, os.sched_getaffinity(0))
-    judge = Judge(server)
+    cores = os.sched_getaffinity(0)
+    server = start_server(tmp_path, ENVIRONMENT, cores)
+    beside = tmp_path / "without"
+    beside.mkdir()
+    judge = Judge(server, lambda: start_without_msd(beside, ENVIRONMENT, cores))
     try:
         statuses = server_fuzz.fuzz(server, EXAMPLES, NUMBER, judge)
         judge.server_is_well()
     finally:
+        judge.close()
         server.stop()
-    figures = {"statuses": statuses, "server_ended": False}
+    figures = {"statuses": statuses, "errors_of_vllm": judge.of_vllm, "server_ended": False}
     write_part(FAULTS, "request-fuzz", figures, seed=NUMBER, examples=EXAMPLES, **TREES)
 
 
@@ -55,7 +59,7 @@ def test_soak(tmp_path):
     asked = server_soak.orders(server_soak.REQUESTS, NUMBER)
 
     def started(name: str, *more: str) -> Server:
-        folder = tmp_path / name
+        folder = tmp_path / f"server-{name}"
         folder.mkdir()
         cores = os.sched_getaffinity(0)
         return start_server(folder, ENVIRONMENT, cores, [*options, *more])
