@@ -141,7 +141,7 @@ def request_identity(
     if tiny.FAMILIES[kind].takes_video:
         options["limit_mm_per_prompt"] = {"image": 3, "video": 2}
     if adapters:
-        # One place more than adapters: on a CPU vLLM gives rows without an adapter the last place's.
+        # A place more than adapters: on a CPU vLLM gives rows without an adapter the last place's.
         options |= {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 8}
 
     every: dict[str, Callable[[Run], Any]] = {

@@ -55,7 +55,7 @@ def test_soak(tmp_path):
         for number, name in enumerate(server_soak.ADAPTERS, 1)
     ]
     options = ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--enable-lora"]
-    # One place more than adapters: on a CPU vLLM gives rows without an adapter the last place's.
+    # A place more than adapters: on a CPU vLLM gives rows without an adapter the last place's.
     options += ["--max-loras", "3", "--max-lora-rank", "8", "--lora-modules", *adapters]
     # Requests that bring the same new picture at once can overtake each other on their way through
     # vLLM's cache of processed pictures; it then asks the client to try again, with status 500.
