@@ -139,7 +139,8 @@ async def _send_all(
 ) -> list[Outcome]:
     """Outcomes in the order of ``asked``; ``memory`` gets a sample (MiB) each second."""
     gate = asyncio.Semaphore(CONCURRENCY)
-    limits = httpx.Limits(max_connections=CONCURRENCY)
+    # A connection each: the server closes one that was idle for 5 s, maybe as it is used again.
+    limits = httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=server.url, timeout=HANGS, limits=limits) as client:
 
         async def one(case: str, body: dict[str, Any]) -> Outcome:
