@@ -26,8 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_msd.kernels.accept.triton_kernel import accept_kernel
+from vllm_msd.kernels.beam_step.api import TILE as BEAM_TILE
+from vllm_msd.kernels.beam_step.triton_kernel import beam_step_kernel
+from vllm_msd.kernels.place_trees.api import ROWS as PLACED_ROWS
+from vllm_msd.kernels.place_trees.triton_kernel import place_trees_kernel
+from vllm_msd.kernels.rerank.triton_kernel import rerank_kernel
 from vllm_msd.kernels.settle.api import PROGRAM_BYTES
 from vllm_msd.kernels.settle.triton_kernel import settle_kernel
+from vllm_msd.kernels.top_k.api import GROUP_COLUMNS, PART_COLUMNS
+from vllm_msd.kernels.top_k.triton_kernel import merge_top_k_kernel, top_k_parts_kernel
 from vllm_msd.kernels.tree_attention.launch import LaunchConfig, choose_config, power_of_two
 from vllm_msd.kernels.tree_attention.triton_kernel import (
     merge_splits_kernel,
@@ -37,6 +44,8 @@ from vllm_msd.kernels.tree_attention.triton_kernel import (
 # Bytes a block can have: 163 KiB on sm_80 itself, but sm_86, 89 and 120 run the same tiles with 99.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Width, levels below the first and logits: the documentation's trees, the widest, a chain.
+GROWTHS = [(4, 4, "bf16"), (10, 5, "fp16"), (16, 4, "bf16"), (16, 4, "fp32"), (1, 7, "bf16")]
 POINTERS = ("out", "partial", "partial_lse", "q", "k", "v", "block_table", "seq_lens")
 POINTERS += ("query_start", "tree_start", "ancestors", "k_scale", "v_scale")
 
@@ -172,6 +181,53 @@ def compile_accept(arch: int) -> dict:
     return build(accept_kernel, signature, {"NODES": 64}, arch, LaunchConfig(16, 16, 1, 1))
 
 
+def compile_small(
+    kernel: triton.JITFunction, arch: int, types: dict[str, str], constants: dict
+) -> dict:
+    """A kernel whose pointers are int32 unless ``types`` says something else."""
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*i32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    return build(kernel, signature, constants, arch, LaunchConfig(16, 16, 4, 1))
+
+
+def compile_growth(arch: int, k: int, depth: int, logits: str = "bf16") -> dict[str, dict]:
+    """The launches that grow a tree, a vocabulary of 152k, ``depth`` levels below the first."""
+    slots, candidates = power_of_two(k), k + depth * k * k
+    parts_types = {"parts_ptr": "*i64", "logits_ptr": f"*{logits}"}
+    parts = {"K": k, "GROUPS": PART_COLUMNS // GROUP_COLUMNS, "WIDTH": GROUP_COLUMNS}
+    entries = power_of_two(-(-152064 // PART_COLUMNS) * (k + 1))
+    merge = {"K": k, "SLOTS": slots, "ENTRIES": entries, "HAS_MAP": True}
+    beam = {"K": k, "IS_ROOT": False, "SLOTS": slots, "CHILDREN": power_of_two(k * k)}
+    beam |= {"BLOCK_SIZE": 16, "COLUMNS": BEAM_TILE // slots, "IS_LAST": False}
+    beam_types = dict.fromkeys(("ancestors_ptr", "positions_ptr", "kv_slots_ptr"), "*i64")
+    beam_types |= dict.fromkeys(("first_ptr", "slots_ptr"), "*i64")
+    beam_types |= dict.fromkeys(("log_probs_ptr", "scores_ptr"), "*fp32")
+    beam_types |= dict.fromkeys(("hidden_ptr", "parent_hidden_ptr"), f"*{logits}")
+    rerank = {"K": k, "CANDIDATES": power_of_two(candidates), "NODES": 64}
+    rerank["JUMPS"] = depth.bit_length()
+    rerank_types = {"scores_ptr": "*fp32", "slots_ptr": "*i64"}
+    for name in ("parents", "depths", "ancestors", "draft_tokens"):
+        rerank_types[f"{name}_ptr"] = "*i64"
+    return {
+        "top_k_parts": compile_small(top_k_parts_kernel, arch, parts_types, parts),
+        "merge_top_k": compile_small(
+            merge_top_k_kernel, arch, {"log_probs_ptr": "*fp32", "parts_ptr": "*i64"}, merge
+        ),
+        "beam_step": compile_small(beam_step_kernel, arch, beam_types, beam),
+        "rerank": compile_small(rerank_kernel, arch, rerank_types, rerank),
+    }
+
+
+def compile_placing(arch: int, dims: int) -> dict:
+    names = ("root_rows", "row_ancestors", "positions", "linear", "depths", "ancestors", "slots")
+    types = {f"{name}_ptr": "*i64" for name in names}
+    return compile_small(place_trees_kernel, arch, types, {"DIMS": dims, "ROWS": PLACED_ROWS})
+
+
 def build(
     kernel: triton.JITFunction, signature: dict, constants: dict, arch: int, config: LaunchConfig
 ) -> dict:
@@ -224,6 +280,16 @@ def main(argv: list[str] | None = None) -> int:
             figures = compile_settle(arch, row_words, word)
             rows.append({"kernel": "settle", "arch": arch, "row": f"{row_words} {word}", **figures})
         rows.append({"kernel": "accept", "arch": arch, **compile_accept(arch)})
+        for dims in (1, 3):
+            figures = compile_placing(arch, dims)
+            rows.append({"kernel": "place_trees", "arch": arch, "dims": dims, **figures})
+    for arch in (80, 90):
+        for k, depth, logits in GROWTHS[: 1 if args.quick else None]:
+            for name, figures in compile_growth(arch, k, depth, logits).items():
+                rows.append(
+                    {"kernel": name, "arch": arch, "k": k, "depth": depth, "logits": logits}
+                    | figures
+                )
     for row in rows:
         row["fits"] = not row["spilled_bytes"] and row["shared_bytes"] <= SHARED_LIMIT[row["arch"]]
         bad += not row["fits"]

@@ -19,7 +19,8 @@ three-step       trained over three drafting steps, which goes beyond the paper
 
 Acceptance is counted twice on held-out questions, five drafted tokens a verification: by `vllm-msd
 eval`, and in vLLM by its own counters (but for `dropped`, which vLLM cannot serve). What is done
-already is kept in --work, so a broken run goes on.
+already is kept in --work, so a broken run goes on. (A third of this file is the table of variants
+and the command line, which belong together.)
 """
 
 import argparse

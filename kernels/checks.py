@@ -1,7 +1,16 @@
-"""What the public calls say about a tensor that does not fit."""
+"""What the public calls say about a tensor that does not fit, and where they run."""
+
+import os
 
 import torch
 from torch import Tensor
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def runs_kernels(t: Tensor) -> bool:
+    """Whether a call on this tensor runs Triton's kernels, or else the eager twin."""
+    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def describe(t: Tensor) -> str:
@@ -23,4 +32,17 @@ def expect_contiguous_rows(name: str, t: Tensor) -> None:
     if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1:
         raise ValueError(
             f"{name} has stride {t.stride(-1)} in its last dimension: make it contiguous there"
+        )
+
+
+def expect_room(
+    name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """As `expect`, of a buffer without gaps whose first dimension may be larger than needed."""
+    enough = t.dim() == len(shape) and t.shape[0] >= shape[0] and t.shape[1:] == shape[1:]
+    if t.dtype != dtype or not enough or t.device != device or not t.is_contiguous():
+        gaps = "" if t.is_contiguous() else f" with strides {t.stride()}"
+        raise ValueError(
+            f"{name} is {describe(t)}{gaps}, expected contiguous {dtype} {list(shape)} or longer "
+            f"on {device}"
         )

@@ -22,6 +22,10 @@ class DataError(MSDError):
     """Training data is malformed, or too much of it is broken."""
 
 
+class StorageError(MSDError):
+    """A file or folder cannot be read or written: a full disk, missing rights, a wrong place."""
+
+
 VLLM_MISSING = (
     "vLLM is not installed. Install it together with this package: "
     'pip install "vllm-msd[gpu]" for a machine with an accelerator, '

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .tables import source_of_parts, table
+from .tables import shown, source_of_parts, table
 
 
 def lossless(name: str, result: dict[str, Any]) -> str:
@@ -101,3 +101,37 @@ def _trial_key(runner: str, trial: dict[str, Any]) -> tuple[str, str, str]:
     cuts = [f"{k.replace('_', '-')} {trial[k]}" for k, v in neutral.items() if trial[k] != v]
     rule = "MSD" if trial["wrong_rule"] == "none" else f"wrong: {trial['wrong_rule']}"
     return runner, rule, ", ".join([f"temperature {trial['temperature']}", *cuts])
+
+
+def faults(name: str, result: dict[str, Any]) -> str:
+    """The long forms of the tests with odd inputs: what was tried, how often, what came of it."""
+    rows = []
+    for part, report in result.items():
+        settings = report["provenance"]["settings"]
+        outcome = ", ".join(
+            figure
+            for what, found in report.items()
+            if what != "provenance"
+            for figure in _figures(what.replace("_", " "), found)
+        )
+        tried = part.replace("-", " ")
+        rows.append((tried, settings.get("examples"), settings.get("seed"), outcome))
+    return "\n\n".join(
+        [
+            "## Odd inputs",
+            "Odd settings, requests and files, drawn at random, and what came of them:",
+            table(["tried", "examples", "seed", "outcome"], rows),
+            source_of_parts(name, result),
+        ]
+    )
+
+
+def _figures(what: str, found: Any) -> list[str]:
+    """A figure in words; of a table its entries, of a list its length."""
+    if isinstance(found, dict):
+        return [
+            figure for key, value in found.items() for figure in _figures(f"{what} {key}", value)
+        ]
+    if isinstance(found, bool):
+        return [f"{what}: {'yes' if found else 'no'}"]
+    return [f"{what}: {len(found) if isinstance(found, list) else shown(found)}"]

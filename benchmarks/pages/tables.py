@@ -8,10 +8,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table; numbers are shown with two decimals, None as a dash."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(shown(cell) for cell in line) + " |" for line in lines)
 
 
-def _cell(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a table shows it."""
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

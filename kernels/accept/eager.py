@@ -14,14 +14,14 @@ def accept_eager(
     for request, parent in enumerate(parents.tolist()):
         begin = starts[request]
         size = min(starts[request + 1] - begin, len(parent))
-        child = {}  # by node and token; backwards, so that the first of equal ones stays
+        # By node and token; backwards, so that the first of equal ones stays.
+        child: dict[tuple[int, int], int] = {}
         for node in range(size - 1, 0, -1):
             if parent[node] < node:
                 child[parent[node], names[begin + node]] = node
-        path, node = [], 0 if size else None
-        while node is not None:
-            path.append(node)
-            node = child.get((node, draws[begin + node]))
+        path = [0] if size else []
+        while path and (found := child.get((path[-1], draws[begin + path[-1]]))) is not None:
+            path.append(found)
         padding = [-1] * (len(parent) - len(path))
         paths.append(path + padding)
         emitted.append([draws[begin + node] for node in path] + padding)

@@ -1,13 +1,12 @@
 """The public call: the caches of all layers as one address, checks, then the kernel or its twin."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checks import describe, expect, expect_contiguous_rows
+from ..checks import describe, expect, expect_contiguous_rows, runs_kernels
 from ..tree_attention.launch import power_of_two
 from .eager import settle_eager
 
@@ -117,7 +116,7 @@ def settle(caches: LayerCaches, block_table: Tensor, tree_start: Tensor, nodes: 
     expect("block_table", block_table, torch.int32, shape, words.device)
     if num_requests == 0 or num_nodes == 1:
         return
-    if not words.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_kernels(words):
         settle_eager(caches.caches, block_table, tree_start, nodes)
         return
 

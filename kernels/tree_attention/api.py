@@ -1,11 +1,9 @@
 """The public call: checks its arguments, then runs the Triton kernel or the eager twin."""
 
-import os
-
 import torch
 from torch import Tensor
 
-from ..checks import describe, expect, expect_contiguous_rows
+from ..checks import describe, expect, expect_contiguous_rows, runs_kernels
 from .eager import tree_attention_eager
 from .launch import LaunchConfig, TreeAttentionWorkspace, launch_tree_attention
 
@@ -112,7 +110,7 @@ def tree_attention(
         return out
 
     batch = (q, k_cache, v_cache, block_table, seq_lens, query_start, tree_start, ancestors, scale)
-    if q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if runs_kernels(q):
         return launch_tree_attention(
             *batch,
             out=out,

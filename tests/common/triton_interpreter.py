@@ -1,13 +1,36 @@
-"""Make Triton's interpreter compute what a GPU would, where version 3.9.0 does not.
+"""Run a test file in Triton's interpreter, and make that compute what a GPU would.
 
-For tests only. Each entry can go once the interpreter does it: bfloat16 is stored as raw 16-bit
-integers and multiplied as such by dot, and rounded towards zero when made from float32; the splat
-of a boolean scalar becomes an integer mask that loads and stores refuse.
+For tests only. Each mended entry can go once the interpreter does it: bfloat16 is stored as raw
+16-bit integers and multiplied as such by dot, and rounded towards zero when made from float32; the
+splat of a boolean scalar becomes an integer mask that loads and stores refuse.
 """
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run_again_interpreted(file: str) -> None:
+    """The tests of this file in a process of its own that has the interpreter on.
+
+    It must be on before Triton is imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

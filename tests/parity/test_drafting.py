@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.common.tree_tensors import retrieve_indices, tree_mask
 from vllm_msd.draft import DraftCache
-from vllm_msd.tree import draft_tree
+from vllm_msd.tree import DraftTree, draft_tree
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 STEP_TOLERANCE = {"atol": 1e-4, "rtol": 2e-5}
@@ -96,7 +96,29 @@ def grow_and_check_steps(ref, call, cache, last_hidden, root, shape):
     return grown
 
 
+def in_reference_order(ref, call, grown):
+    """The same nodes in the order of the reference, which keeps them as they were proposed.
+
+    Ours stand in order of probability. A node is known by the tokens on its path, siblings having
+    distinct ones, so each of the reference's nodes must be found among ours exactly once.
+    """
+    reference = paths(ref[f"{call}.draft_tokens"][0], ref[f"{call}.tree_mask"][0, 0])
+    ours = paths(grown.tokens[0], tree_mask(grown)[0])
+    assert sorted(ours) == sorted(reference) and len(set(ours)) == len(ours)
+    order = torch.tensor([ours.index(path) for path in reference])
+    place = order.argsort()
+    parents = grown.parents[0, order]
+    parents = torch.where(parents < 0, -1, place[parents.clamp(min=0)])
+    return DraftTree.from_parents(grown.tokens[:, order], parents[None])
+
+
+def paths(tokens, mask):
+    """The tokens from the root to each node; ancestors stand before their descendants."""
+    return [tuple(tokens[row.bool()].tolist()) for row in mask]
+
+
 def check_tree(ref, call, grown):
+    grown = in_reference_order(ref, call, grown)
     assert torch.equal(grown.tokens, ref[f"{call}.draft_tokens"])
     assert torch.equal(grown.depths[0], ref[f"{call}.tree_position_ids"])
     assert torch.equal(tree_mask(grown)[:, None].to(torch.uint8), ref[f"{call}.tree_mask"])

@@ -95,6 +95,35 @@ def test_published_drafts_are_those_of_the_plugin(page):
         assert f"| `{target}` | `{draft}` |" in text
 
 
+def test_functions_named_as_their_modules_are_in_the_interface():
+    """The site's generator shows what a package exports, but for names of its modules."""
+    page = read("docs/api.md")
+    missing = []
+    for package in re.findall(r"^::: (vllm_msd\.\w+|kernels)$", page, re.M):
+        folder = ROOT / package.replace(".", "/")
+        if not folder.is_dir():
+            continue
+        listed = (folder / "__init__.py").read_text("utf-8").partition("__all__ = [")[2]
+        for name in re.findall(r'"(\w+)"', listed.partition("]")[0]):
+            is_module = (folder / name).is_dir() or (folder / f"{name}.py").is_file()
+            if is_module and not re.search(rf"^::: {re.escape(package)}\..*\b{name}$", page, re.M):
+                missing.append(f"{package}: {name}")
+    assert not missing
+
+
+def test_every_extra_and_command_is_on_the_first_page():
+    from vllm_msd.cli.main import build_parser
+
+    page = read("docs/index.md")
+    extras = read("pyproject.toml").partition("[project.optional-dependencies]")[2]
+    names = re.findall(r"^(\w+) = \[", extras.partition("\n[")[0], re.M)
+    assert names
+    assert not [name for name in names if not re.search(rf"^\| .*`{name}`.* \|", page, re.M)]
+    commands = [c for action in build_parser()._actions for c in action.choices or ()]
+    assert commands
+    assert not [name for name in commands if f"`vllm-msd {name}" not in page]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/serve.md"])
 @pytest.mark.parametrize("name", ["H100", "H200"])
 def test_free_rows_are_those_of_the_roofline(page, name):

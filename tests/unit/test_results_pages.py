@@ -149,6 +149,17 @@ def test_section_of_long_runs():
     assert "`results/soak.png`" in text
 
 
+def test_section_of_odd_inputs():
+    origin = {"date": "2026-01-01", "machine": {"cores": 2}, "versions": {"vllm": "0.32.0"}}
+    settings = {"seed": 20, "examples": 2000}
+    report = {"provenance": {**origin, "settings": settings}, "left_out": 1991}
+    report |= {"statuses": {"200": 9, "400": 1.5}, "ended": False, "held": [1, 2]}
+    text = identity.faults("faults.json", {"config-fuzz": report})
+    outcome = "left out: 1991, statuses 200: 9, statuses 400: 1.50, ended: no, held: 2"
+    assert f"| config fuzz | 2000 | 20 | {outcome} |" in text
+    assert "`faults.json`, 2026-01-01; 2 cores;" in text
+
+
 def test_a_page_without_markers_is_refused():
     with pytest.raises(SystemExit, match="markers"):
         pages.updated("nothing here", pages.section("README.md"))

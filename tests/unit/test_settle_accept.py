@@ -11,11 +11,6 @@ The interpreter must be on before Triton is imported, so this file runs itself a
 process of its own, where the same calls take the kernels.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -28,22 +23,13 @@ from tests.common.accepted_paths import (
     walked_one_by_one,
 )
 from tests.common.launches import NoOperation
+from tests.common.triton_interpreter import INTERPRETED, run_again_interpreted
 from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
-
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    run_again_interpreted(__file__)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -198,6 +184,15 @@ def test_a_root_that_is_its_own_parent_does_not_hang():
     parents, starts = torch.tensor([[0, 0, 1]]), torch.tensor([0, 3])
     result = accept(torch.tensor([4, 9, 5]), torch.tensor([4, 4, 9]), parents, starts)
     assert result.nodes.tolist() == [[0, 1, 2]]
+
+
+def test_of_equal_siblings_the_first_is_taken_and_parents_come_first():
+    parents, starts = torch.tensor([[-1, 0, 0, 1, 2], [-1, 2, 0, 0, 0]]), torch.tensor([0, 5, 8])
+    tokens = torch.tensor([0, 4, 4, 5, 6, 0, 8, 7])
+    drawn = torch.tensor([4, 5, 6, 9, 9, 7, 9, 8])
+    result = accept(drawn, tokens, parents, starts)
+    assert result.nodes.tolist() == [[0, 1, 3, -1, -1], [0, 2, -1, -1, -1]]
+    assert result.tokens.tolist() == [[4, 5, 9, -1, -1], [7, 8, -1, -1, -1]]
 
 
 def test_accept_refuses_what_does_not_fit():

@@ -1,5 +1,6 @@
 """Trees: growing batched equals one by one and equals a plain search; records; acceptance."""
 
+import itertools
 import random
 
 import pytest
@@ -107,8 +108,38 @@ def test_growing_keeps_the_most_probable_nodes():
         torch.tensor([9]), logits, torch.zeros(1, 4), expand, TreeShape(6, depth=2, top_k=2)
     )
     # 0.6, 0.36, 0.3, 0.216, then 0.18 twice: the level above comes first in candidate order.
-    assert tree.tokens.tolist() == [[9, 0, 1, 0, 1, 0]]
-    assert tree.parents.tolist() == [[-1, 0, 0, 1, 1, 3]]
+    assert tree.tokens.tolist() == [[9, 0, 0, 1, 0, 1]]
+    assert tree.parents.tolist() == [[-1, 0, 1, 0, 2, 1]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_prefix_is_the_most_probable_tree_of_its_size(seed):
+    """Against all candidates: no tree of n of them has a higher sum of path probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, vocabulary = TreeShape(total_tokens=14, depth=3, top_k=3), 7
+    table = torch.randn(vocabulary, vocabulary, generator=generator) * 2
+    if seed == 3:  # every token is followed by a certain one: many ties
+        table = torch.where(torch.eye(vocabulary).roll(1, 1) > 0, 0.0, -200.0)
+    log_probs = table.log_softmax(-1)
+
+    def expand(tokens, hidden, visible, level):
+        return table[tokens], hidden
+
+    root = torch.zeros(1, dtype=torch.int64)
+    tree = grow_tree(root, table[root], torch.zeros(1, 4), expand, shape)
+    best = {}  # path of every candidate: its log-probability
+    paths = [(0, c) for c in log_probs[0].topk(shape.top_k).indices.tolist()]
+    for _ in range(shape.depth + 1):
+        scored = {p: float(sum(log_probs[a, b] for a, b in itertools.pairwise(p))) for p in paths}
+        best |= scored
+        beam = sorted(scored, key=scored.get, reverse=True)[: shape.top_k]
+        paths = [(*p, c) for p in beam for c in log_probs[p[-1]].topk(shape.top_k).indices.tolist()]
+    parents, tokens = tree.parents[0].tolist(), tree.tokens[0].tolist()
+    assert all(parent < node for node, parent in enumerate(parents))
+    chosen = [tuple(tokens[n] for n in walk_up(parents, node)) for node in range(1, 14)]
+    scores = torch.tensor([best[path] for path in chosen]).exp()
+    highest = torch.tensor(sorted(best.values(), reverse=True)).exp()
+    torch.testing.assert_close(scores.cumsum(0), highest[:13].cumsum(0), rtol=1e-5, atol=0)
 
 
 def test_certain_tokens_do_not_lose_their_parents():

@@ -67,13 +67,12 @@ def test_padding_requests_touch_no_slot():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_step_lays_the_trees_over_its_rows(seed):
-    """Cut trees, a request without drafts, prompt rows before a tree; padding behind all."""
+    """Cut trees, a request without drafts, prompt rows before a tree, a larger step before."""
     store = TreeStore(SLOTS, ROWS, NODES)
     tree, _ = forest([NODES] * 4, seed)
     store.put(torch.tensor([5, 0, 3, 2]), tree)
     batch = Batch([3, 5, 2, 0], sizes=[NODES, 4, 1, 7], before=[0, 6, 3, 1])
-    batch.begin(store, padding=2)
-    batch.begin(store)  # a step leaves nothing of the one before
+    Batch([0, 1, 2, 3, 4, 5], sizes=[2] * 6, before=[3] * 6).begin(store)
     rows = batch.begin(store, padding=2)
     assert not rows.is_draft
     assert rows.tree_start.tolist() == [40 - NODES, 43 - 4, -1, 49 - 7, -1, -1]

@@ -1,5 +1,6 @@
-"""Which files make up a checkpoint."""
+"""Which files make up a checkpoint: those that vLLM's loader reads, so that all readers agree."""
 
+import glob
 import json
 import re
 from pathlib import Path
@@ -10,13 +11,10 @@ from vllm_msd.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
 OWN_WEIGHTS = "model.safetensors"
-# In order of preference; an index lists the shards of its own kind.
-WEIGHT_FILES = (
-    OWN_WEIGHTS,
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+# What people save beside pickled weights; vLLM's loader knows the same names.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -68,8 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} is missing. A draft's folder holds {CONFIG} and weights "
-            f"({' or '.join(WEIGHT_FILES[::2])}); give another folder or fetch it again."
+            f"{path} is missing. A draft's folder holds {CONFIG} and weights ({OWN_WEIGHTS} or "
+            "pytorch_model.bin); give another folder or fetch it again."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -95,18 +93,53 @@ def read_config(folder: Path) -> tuple[MSDDraftConfig, dict[str, Any]]:
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files that hold the weights, and the index's table of name to file if there is one.
 
+    They are chosen as vLLM's default loader chooses: every safetensors file, or only those that
+    the index lists where there is one; without any, every pickled file.
+
     Raises:
-        CheckpointError: no weights, or an index that names files it cannot name.
+        CheckpointError: no weights, files that vLLM would read in another way than as weights of
+            this checkpoint, or an index that names files it cannot name.
     """
-    name = next((n for n in WEIGHT_FILES if (folder / n).is_file()), None)
-    if name is None:
-        found = sorted(p.name for p in folder.iterdir())[:10]
+    if consolidated := _matching(folder, "consolidated*.safetensors"):
         raise CheckpointError(
-            f"{folder}: no weights. Expected one of {', '.join(WEIGHT_FILES)}; found "
-            f"{', '.join(found) or 'nothing'}. Fetch the checkpoint again."
+            f"{folder}: got {consolidated[0].name}, which vLLM reads instead of {OWN_WEIGHTS}. "
+            "Move it elsewhere."
         )
-    if not name.endswith(".json"):
-        return [folder / name], None
+    found = _matching(folder, "*.safetensors")
+    if not found:
+        found = [p for p in _matching(folder, "*.bin") if not p.name.endswith(_NO_WEIGHTS)]
+    index_name = PICKLE_INDEX if found and found[0].suffix == ".bin" else SAFETENSORS_INDEX
+    if not (folder / index_name).is_file():
+        if not found:
+            there = sorted(p.name for p in folder.iterdir())[:10]
+            raise CheckpointError(
+                f"{folder}: no weights. Expected {OWN_WEIGHTS}, other *.safetensors or *.bin files;"
+                f" found {', '.join(there) or 'nothing'}. Fetch the checkpoint again."
+            )
+        return found, None
+    index = _read_index(folder, index_name)
+    # vLLM passes over safetensors files that the index does not list, not over pickled ones.
+    listed = {folder / shard for shard in index.values()}
+    return (sorted(listed) if index_name == SAFETENSORS_INDEX else found), index
+
+
+def check_own_place(folder: Path) -> None:
+    """Raise `CheckpointError` where other weight files would be read beside or instead of ours."""
+    others = [p for p in _matching(folder, "*.safetensors") if p.name != OWN_WEIGHTS]
+    others += [p for p in (folder / SAFETENSORS_INDEX,) if p.exists()]
+    if others:
+        raise CheckpointError(
+            f"{folder}: got {', '.join(p.name for p in others[:5])}, which would be read beside or "
+            f"instead of {OWN_WEIGHTS}. Move them away, or give another folder."
+        )
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Files of a pattern, hidden ones left out."""
+    return sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/{pattern}")))
+
+
+def _read_index(folder: Path, name: str) -> dict[str, str]:
     index = read_json(folder / name).get("weight_map")
     suffix = ".safetensors" if "safetensors" in name else ".bin"
     if not isinstance(index, dict) or not index:
@@ -114,15 +147,14 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{folder / name}: got no weight_map, expected a table of weight name to file. Fetch "
             "the file again."
         )
-    shards = sorted({str(shard) for shard in index.values()})
-    for shard in shards:
+    for shard in sorted({str(shard) for shard in index.values()}):
         if Path(shard).name != shard or not shard.endswith(suffix):
             raise CheckpointError(
-                f"{folder / name}: got the file name {shard!r}, expected a {suffix} file in the "
-                "same folder. Do not use this checkpoint unless you know where it comes from."
+                f"{folder / name}: got the file name {shard!r:.200}, expected a {suffix} file in "
+                "the same folder. Do not use this checkpoint unless you know where it comes from."
             )
         if not (folder / shard).is_file():
             raise CheckpointError(
                 f"{folder / shard} is missing, but {name} lists it. Fetch the checkpoint again."
             )
-    return [folder / shard for shard in shards], index
+    return index

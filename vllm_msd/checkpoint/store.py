@@ -15,6 +15,7 @@ from vllm_msd.checkpoint import files, weights
 from vllm_msd.checkpoint.fit import check_draft_fits_target, text_config
 from vllm_msd.draft import MSDDraftConfig, TargetInfo
 from vllm_msd.errors import CheckpointError
+from vllm_msd.storage import PARTIAL, check_folder, replacing, storage_errors
 
 Progress = Callable[[str], None]
 
@@ -61,6 +62,9 @@ def save_draft(
 ) -> Path:
     """Write a draft in our own format; an existing one is replaced as a whole.
 
+    The config comes last: while it and the weights do not belong together there is none, so that
+    no reader takes a half-written draft for a whole one.
+
     Args:
         path: folder to write to, made if missing.
         config: the draft's config; the recorded dtype is taken from the weights.
@@ -72,9 +76,12 @@ def save_draft(
         The folder.
 
     Raises:
-        CheckpointError: the weights are not those of the config, or cannot be written.
+        CheckpointError: the weights are not those of the config, or the folder holds weight files
+            that would be read instead.
+        StorageError: the folder cannot be written to.
     """
     folder, note = Path(path).expanduser(), progress or (lambda line: None)
+    state = {name: x for name, x in state.items() if not weights.is_derived(name)}
     headers = {
         name: weights.TensorHeader(
             name, tuple(x.shape), str(x.dtype).removeprefix("torch."), folder / files.OWN_WEIGHTS
@@ -92,24 +99,33 @@ def save_draft(
         config = replace(config, target=target_info)
     config = replace(config, torch_dtype=headers["fc.weight"].dtype)
 
+    files.check_own_place(folder)
     tensors = {}
     for number, (name, x) in enumerate(state.items(), 1):
         note(f"[{number}/{len(state)}] {name} {tuple(x.shape)} {headers[name].dtype}")
         # safetensors wants memory of its own for every tensor.
         tensors[name] = x.detach().to("cpu", copy=True).contiguous()
     note(f"writing {folder / files.OWN_WEIGHTS}")
-    try:
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # A reader sees the old checkpoint or the new one, never half of one file.
-        partial = folder / f"{files.OWN_WEIGHTS}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / files.OWN_WEIGHTS)
-        partial = folder / f"{files.CONFIG}.partial"
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / files.CONFIG)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+        with replacing(folder / files.CONFIG) as new_config:
+            new_config.write_text(text, encoding="utf-8")
+            with replacing(folder / files.OWN_WEIGHTS) as new_weights:
+                save_file(tensors, new_weights, metadata={"format": "pt"})
+                if _text_of(folder / files.CONFIG) != text:
+                    (folder / files.CONFIG).unlink(missing_ok=True)
     return folder
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether a folder holds more than what a killed conversion left there."""
+    left = {files.OWN_WEIGHTS} if not (folder / files.CONFIG).exists() else set()
+    return any(p.name not in left and not p.name.endswith(PARTIAL) for p in folder.iterdir())
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def convert_draft(
@@ -134,14 +150,17 @@ def convert_draft(
 
     Raises:
         CheckpointError: the draft is unusable, does not fit the target, or ``dst`` is taken.
+        StorageError: ``dst`` cannot be written to.
     """
     source, folder = files.locate(src), Path(dst).expanduser()
     if folder.exists() and (not folder.is_dir() or folder.samefile(source)):
         raise CheckpointError(f"{dst}: got the source or a file, expected a folder of its own.")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
+    if folder.is_dir() and not force and _is_taken(folder):
         raise CheckpointError(
             f"{dst} is not empty. Give another folder, or --force to write into this one."
         )
+    check_folder(folder, "dst")
+    files.check_own_place(folder)
     config = load_draft_config(source)
     target_info = config.target if target is None else _target_info(target, config, folder)
     _, state = load_draft(source)
@@ -181,7 +200,8 @@ def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path)
 
     try:
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    # Transformers stumbles over what is no config in ways of its own.
+    except Exception as error:
         raise CheckpointError(
             f"target {folder}: its config.json cannot be read: {error}. Give the folder of the "
             "target."

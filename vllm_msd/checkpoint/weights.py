@@ -4,6 +4,7 @@ Pickled files are opened with ``weights_only``: nothing in them is executed, and
 not a tensor is refused.
 """
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from vllm_msd.draft import MSDDraftConfig
 from vllm_msd.errors import CheckpointError
 
 EMBEDDING = "embed_tokens.weight"
-# Rotary tables that old transformers releases wrote along; they follow from the config.
-_DERIVED = "rotary_emb.inv_freq"
+# Rotary tables that were saved along; they follow from the config. No reader reads them.
+_DERIVED = re.compile(
+    r"(.+\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached|cos_sin_cache)"
+)
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS = ("float32", "float16", "bfloat16")
 _MAX_LISTED = 8
@@ -104,7 +107,7 @@ def find_problems(
 
 def is_derived(name: str) -> bool:
     """Whether a tensor follows from the config and is not read."""
-    return name.endswith(_DERIVED)
+    return _DERIVED.fullmatch(name) is not None
 
 
 def _listed(names: list[str]) -> str:

@@ -4,6 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
+from vllm_msd.cli.arguments import positive as _positive
+from vllm_msd.storage import check_folder
+
 
 def add_parsers(subparsers) -> None:
     """Add ``demo`` with its own sub-commands."""
@@ -149,6 +152,9 @@ def run_paths(args: argparse.Namespace) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo; 1 when outputs in fp32 differ with and without MSD."""
+    check_folder(args.output.parent, "--output")
+    if args.json:
+        check_folder(args.json.parent, "--json")
     from vllm_msd.measure.engine import restart_tuned
     from vllm_msd.tree.config import TreeConfig
 
@@ -171,6 +177,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_data(args: argparse.Namespace) -> int:
     """Write the world and print where it lies."""
+    check_folder(args.output, "--output")
     from vllm_msd.demo.paths import use_factory
 
     use_factory()
@@ -185,6 +192,7 @@ def run_data(args: argparse.Namespace) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Train a pair and print where it lies."""
+    check_folder(args.output, "--output")
     from vllm_msd.demo.paths import use_factory
 
     use_factory()
@@ -207,13 +215,3 @@ def _to_stderr(line: str) -> None:
     import sys
 
     print(line, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return number

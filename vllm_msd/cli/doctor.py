@@ -263,7 +263,7 @@ def _tree_rows() -> Iterator[Finding]:
             value = f"cost unknown on {name}; {MEASURE_TREES} measures it"
         else:
             value = (
-                f"nearly free on {name} while (num_speculative_tokens + 1) x requests in a step "
+                f"free on {name} while (num_speculative_tokens + 1) x requests in a step "
                 f"stays under about {round(free_rows(device), -1):.0f} (arithmetic, not measured)"
             )
         yield Finding("machine", "rows of a tree", value)

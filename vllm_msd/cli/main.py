@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_msd.errors import VLLM_MISSING, MSDError
+from vllm_msd.storage import is_users_to_mend
 
 COMMAND_MODULES = ("doctor", "checkpoint_commands", "training_commands", "demo_commands")
 
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.func(args) or 0
     except MSDError as error:
         return _user_error(str(error))
+    except OSError as error:
+        if not is_users_to_mend(error):
+            raise
+        return _user_error(f"{error.filename or 'writing'}: {error.strerror}. Give another place.")
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise

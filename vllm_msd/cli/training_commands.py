@@ -8,7 +8,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from vllm_msd.cli.arguments import positive
 from vllm_msd.errors import TRAINING_MISSING, ConfigError
+from vllm_msd.storage import check_file, write_json
 from vllm_msd.training.settings import VISUAL_ROWS, TrainSettings, add_flags, read_yaml
 
 _TRAIN_EXAMPLES = """examples:
@@ -80,14 +82,22 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--data", required=True, nargs="+", metavar="PATH", help="conversations")
     evaluate.add_argument("--image-root", nargs="+", default=[], metavar="PATH")
     evaluate.add_argument(
-        "--records", type=int, default=50, metavar="N", help="first ones of each kind (default: 50)"
+        "--records",
+        type=positive,
+        default=50,
+        metavar="N",
+        help="first ones of each kind (default: 50)",
     )
-    evaluate.add_argument("--num-speculative-tokens", type=int, default=5, metavar="N")
+    evaluate.add_argument("--num-speculative-tokens", type=positive, default=5, metavar="N")
     evaluate.add_argument("--tree-depth", type=int, metavar="D", help="draft trees instead")
     evaluate.add_argument("--tree-top-k", type=int, metavar="K")
-    evaluate.add_argument("--max-tokens", type=int, default=128, help="per reply (default: 128)")
-    evaluate.add_argument("--max-length", type=int, default=4096, help="of a prompt, in tokens")
-    evaluate.add_argument("--batch-size", type=int, default=8)
+    evaluate.add_argument(
+        "--max-tokens", type=positive, default=128, help="per reply (default: 128)"
+    )
+    evaluate.add_argument(
+        "--max-length", type=positive, default=4096, help="of a prompt, in tokens"
+    )
+    evaluate.add_argument("--batch-size", type=positive, default=8)
     evaluate.add_argument(
         "--target-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
@@ -128,6 +138,8 @@ def run_train(args: argparse.Namespace) -> int:
 @_needs_training
 def run_eval(args: argparse.Namespace) -> int:
     """Count, and print a table."""
+    if args.json:
+        check_file(args.json, "--json")
     from vllm_msd.training.evaluate import evaluate
 
     figures = evaluate(
@@ -148,7 +160,7 @@ def run_eval(args: argparse.Namespace) -> int:
     )
     print(_table(figures))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args.json.expanduser(), figures)
     return 0
 
 

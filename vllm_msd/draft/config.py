@@ -14,6 +14,8 @@ from vllm_msd.errors import ConfigError
 FORMAT_VERSION = 1
 LAYER_TYPES = ("llama", "qwen2")
 DTYPES = ("float32", "float16", "bfloat16")
+# A damaged number must not make readers list the weights of 10**30 layers.
+MAX_LAYERS = 256
 OPTIONAL_FIELDS = ("tree_depth", "tree_top_k")
 
 # What the published layouts imply without saying it: the decoder layer's type, the q/k/v bias, the
@@ -112,6 +114,11 @@ class MSDDraftConfig:
             "num_speculative_tokens",
         ):  # fmt: skip
             _positive_int(name, getattr(self, name))
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(
+                f"num_hidden_layers: got {self.num_hidden_layers}, expected at most {MAX_LAYERS}. "
+                "Is this the folder of an MSD draft? Most have one layer."
+            )
         for name in OPTIONAL_FIELDS:
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
@@ -208,6 +215,8 @@ class MSDDraftConfig:
             max_position_embeddings=d["max_position_embeddings"],
             attention_bias=implied["attention_bias"],
             input_norm=implied["input_norm"],
+            # Of the fusion layer; the published training reads it by this name.
+            fc_bias=True if d.get("bias") is None else d["bias"],
             hidden_act=d.get("hidden_act", "silu"),
             torch_dtype=d.get("torch_dtype") or d.get("dtype") or "float32",
         )

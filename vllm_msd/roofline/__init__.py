@@ -2,6 +2,6 @@
 
 `shapes` holds models, devices and the rule how many rows are free, `launches` how often a step
 starts a kernel, `step` the prediction, `scratch` what drafting and verification need of memory.
-Bytes are bytes, operations are multiplications plus additions, times are seconds. Nothing here is
-measured but the two bandwidths; a prediction is a bound from below.
+Operations are multiplications plus additions, times are seconds. A prediction is a bound from below
+and no measurement: of all the numbers only the H200's two rates were measured.
 """

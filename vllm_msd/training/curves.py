@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_msd.storage import replacing
+
 
 class Board:
     """Writes rows of the log to TensorBoard."""
@@ -66,11 +68,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             for r in evaluations
             if kind in r["acceptance_length"]
         ]
-        acceptance.plot(*zip(*found, strict=True), marker=".", label=kind)
+        label = kind.replace("$", r"\$")  # no formula
+        acceptance.plot(*zip(*found, strict=True), marker=".", label=label)
     acceptance.set_title("held-out records: tokens per verification")
     for axes in (losses, agreement, mix, acceptance):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")

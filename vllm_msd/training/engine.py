@@ -7,7 +7,6 @@ micro-batches, nor a kill and resume changes the losses beyond rounding.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,15 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vllm_msd.checkpoint import save_draft
+from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.errors import ConfigError, DataError
-from vllm_msd.provenance import provenance
-from vllm_msd.training import acceptance, curves, rows
+from vllm_msd.storage import check_folder
+from vllm_msd.training import rows
 from vllm_msd.training.data.batches import (
     Corpus,
     Example,
@@ -39,7 +37,8 @@ from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
 from vllm_msd.training.initial import draft_config, initial_draft
 from vllm_msd.training.losses import EPSILON
 from vllm_msd.training.objective import DraftObjective, LossWeights
-from vllm_msd.training.run_files import RunFolder, describe_data, write_json
+from vllm_msd.training.results import Results
+from vllm_msd.training.run_files import RunFolder, describe_data
 from vllm_msd.training.settings import TrainSettings
 from vllm_msd.training.targets import Features, Target
 from vllm_msd.training.window import Window
@@ -76,7 +75,12 @@ class Trainer:
                 f"batch_size: got {settings.batch_size}, expected a multiple of the "
                 f"{self.world} processes."
             )
+        # What is wrong with places and files is told before the target is loaded.
         self.folder.check(settings)
+        if settings.cache_features:
+            check_folder(settings.cache_features, "cache_features")
+        if settings.init not in ("target", "random"):
+            load_draft_config(settings.init)
         with_text, with_images = settings.text_data, settings.multimodal_data
         text = [RecordFile(p, with_images=False) for p in with_text]
         multimodal = [RecordFile(p) for p in with_images]
@@ -86,10 +90,10 @@ class Trainer:
             raise ConfigError("data files: got two of the same name. Rename one of them.")
         self.corpus = Corpus(text, multimodal, settings.eval_records, settings.seed)
         self.data = describe_data(files)
+        roots = image_roots(settings.image_root, files)
         self.target = target or Target.load(
             settings.target, settings.target_dtype, settings.attention, self.device
         )
-        roots = image_roots(settings.image_root, files)
         self.renderer = self.target.renderer(roots, settings.max_length)
         self.steps = settings.steps or max(
             1, round(settings.epochs * sum(self.corpus.num_training) / settings.batch_size)
@@ -100,11 +104,10 @@ class Trainer:
             self.corpus, self.plan, self.renderer, self.rank, self.world, self.cache
         )
         self._prepare_draft()
-        self.step = 0
-        self.best = 0.0
-        self.trained_seconds = 0.0
-        self.replies: list[acceptance.Reply] | None = None
-        self.board: curves.Board | None = None
+        self.results = Results(
+            settings, self.folder, self.data, self.accelerator, self.target, self.renderer,
+            self.corpus, self.config,
+        )  # fmt: skip
 
     def _plan(self) -> DataPlan:
         s = self.settings
@@ -149,46 +152,52 @@ class Trainer:
         """Train to the end (or `stop_after_minutes`); returns the last figures."""
         s = self.settings
         self._start_or_resume()
-        started = time.monotonic() - self.trained_seconds
+        results, progress = self.results, self.results.progress
+        started = time.monotonic() - progress.seconds
         deadline = time.monotonic() + 60 * s.stop_after_minutes if s.stop_after_minutes else None
         window = Window(s.draft_steps)
         bar = tqdm(
-            total=self.steps, initial=self.step, unit="step", disable=not self.is_main,
+            total=self.steps, initial=progress.step, unit="step", disable=not self.is_main,
             dynamic_ncols=True,
         )  # fmt: skip
-        figures: dict[str, Any] = {}
+        figures: dict[str, Any] = results.last_figures()
         stopped = False
         self.objective.train()
         batches = iter(self._batches())
-        while self.step < self.steps and not stopped:
+        while progress.step < self.steps and not stopped:
             with window.phase("data", self.device):
                 data = next(batches)
             is_late = deadline is not None and time.monotonic() > deadline
             stopped = self.train_step(data, window, is_late)
-            self.step += 1
-            self.trained_seconds = time.monotonic() - started
+            progress.step += 1
+            progress.seconds = time.monotonic() - started
             bar.update()
-            is_last = stopped or self.step == self.steps
-            is_saving = is_last or self.step % s.save_every == 0
-            if is_saving or self.step % s.log_every == 0:
-                figures = window.row(self.step, self.rate(self.step - 1), self.plan)
+            is_last = stopped or progress.step == self.steps
+            is_saving = is_last or progress.step % s.save_every == 0
+            if is_saving or progress.step % s.log_every == 0:
+                figures = window.row(progress.step, self.rate(progress.step - 1), self.plan)
                 window = Window(s.draft_steps)
-                self._log(figures)
+                results.log(figures)
                 bar.set_postfix_str(
                     f"loss {figures['loss']:.3f}, agree {figures['agreement'][0]:.3f}, "
                     f"{figures['tokens_per_second']:.0f} tok/s"
                 )
-            if s.eval_records and (is_last or self.step % s.eval_every == 0):
-                figures |= self._evaluate()
+            if s.eval_records and (is_last or progress.step % s.eval_every == 0):
+                figures |= results.evaluate(self.objective)
             if is_saving:
-                self._save()
+                if self.cache is not None:
+                    self.cache.flush()
+                results.save()
         bar.close()
-        return self._finish(figures)
+        results.finish(self.objective, figures)
+        skipped = len(self.folder.listed())
+        return {**figures, "steps": progress.step, "of": self.steps, "skipped": skipped}
 
     def _start_or_resume(self) -> None:
         if self.is_main:
             if self.settings.resume:
                 self.folder.check_data(self.data)
+                self.folder.go_on(self.corpus.bad)
             else:
                 about = {
                     "settings": self.settings.as_dict(),
@@ -201,16 +210,10 @@ class Trainer:
         # Every process counts what it finds; what is known already is counted by the first one.
         self.num_bad = len(self.bad) if self.is_main else 0
         self._check_bad(len(self.bad))
-        checkpoint = self.folder.newest_checkpoint() if self.settings.resume else None
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-            self.step, self.best = state["step"], state["best"]
-            self.trained_seconds = state["seconds"]
+        if self.settings.resume:
+            self.results.restore()
         self.accelerator.wait_for_everyone()
-        if self.is_main:
-            self.folder.cut_log(self.step)
-            self.board = curves.Board(self.folder.folder / "tensorboard", self.step)
+        self.results.open()
 
     def _batches(self) -> Iterator[StepData]:
         workers = self.settings.workers
@@ -218,7 +221,7 @@ class Trainer:
             DataLoader(
                 self.dataset,
                 batch_size=None,
-                sampler=range(self.step, self.steps),
+                sampler=range(self.results.progress.step, self.steps),
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
             )
@@ -237,6 +240,8 @@ class Trainer:
     def train_step(self, data: StepData, window: Window, is_late: bool = False) -> bool:
         """One step; returns whether the first process wants to stop here."""
         s = self.settings
+        if data.error:
+            raise DataError(data.error)
         fresh = [bad for bad in dict.fromkeys(data.bad) if bad not in self.bad]
         self.bad.update(fresh)
         self.folder.skip(fresh)
@@ -343,89 +348,3 @@ class Trainer:
                 f"listed in {self.folder.skipped}. Mend the data or --image-root, or raise "
                 "--max-bad-fraction."
             )
-
-    # Results ----------------------------------------------------------------------------------
-
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.board is not None:  # the first process's
-            self.folder.write_log(row)
-            self.board.write(row)
-
-    @torch.no_grad()
-    def _evaluate(self) -> dict[str, Any]:
-        """Acceptance length on held-out records; keeps the draft if it is the best so far."""
-        s = self.settings
-        draft = self.accelerator.unwrap_model(self.objective).draft
-        draft.eval()
-        if self.replies is None:
-            mine = self.corpus.held_out()[self.rank :: self.world]
-            self.replies, bad = acceptance.greedy_replies(
-                self.target, self.renderer, mine, s.eval_max_tokens, s.eval_depth
-            )
-            self.folder.skip([b for b in bad if b not in self.bad])
-        found = acceptance.chain_acceptance(
-            self.target, draft, self.replies, s.eval_depth, s.visual_rows
-        )
-        draft.train()
-        parts = gather_object([found]) if self.world > 1 else [found]
-        table = acceptance.summary(acceptance.merge(parts))
-        lengths = {"all": table["all"]["acceptance_length"]}
-        lengths |= {kind: f["acceptance_length"] for kind, f in table["kinds"].items()}
-        row = {
-            "step": self.step,
-            "acceptance_length": lengths,
-            "accuracy_at_depth": table["all"].get("accuracy_at_depth", []),
-        }
-        self._log(row)
-        if lengths["all"] > self.best:
-            self.best = lengths["all"]
-            self._export("best", table)
-        return row
-
-    def _save(self) -> None:
-        """Write a checkpoint to resume from."""
-        partial, final = self.folder.checkpoint(self.step)
-        if self.cache is not None:
-            self.cache.flush()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            state = {"step": self.step, "best": self.best, "seconds": self.trained_seconds}
-            torch.save(state, partial / "trainer.pt")
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            self.folder.keep_checkpoints(self.settings.keep_checkpoints)
-            curves.draw(self.folder.read_log(), self.folder.folder / "curves.png")
-        self.accelerator.wait_for_everyone()
-
-    def _export(self, name: str, outcome: dict[str, Any]) -> None:
-        """Write the draft as it is served."""
-        state = self.accelerator.get_state_dict(self.objective)
-        if not self.is_main:
-            return
-        weights = {k.removeprefix("draft."): v.detach().bfloat16() for k, v in state.items()}
-        folder = self.folder.folder / name
-        save_draft(folder, self.config, weights)
-        content = {
-            "what": "draft",
-            **provenance(**self.settings.as_dict()),
-            "steps": self.step,
-            "processes": self.world,
-            "minutes": round(self.trained_seconds / 60, 2),
-            "data": self.data,
-            "skipped": len(self.bad),
-            "target": self.target.identity(),
-            "outcome": outcome,
-        }
-        write_json(folder / "provenance.json", content)
-
-    def _finish(self, figures: dict[str, Any]) -> dict[str, Any]:
-        self._export("last", figures)
-        if self.board is not None:
-            self.board.close()
-        if self.is_main and not (self.folder.folder / "best").is_dir():
-            shutil.copytree(self.folder.folder / "last", self.folder.folder / "best")
-        self.accelerator.wait_for_everyone()
-        skipped = self.folder.listed()
-        return {**figures, "steps": self.step, "of": self.steps, "skipped": len(skipped)}

@@ -1,6 +1,5 @@
 """`vllm-msd eval`: a draft's acceptance on conversations, without an engine."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ import torch
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import check_draft_sizes, load_draft
-from vllm_msd.checkpoint.files import locate
+from vllm_msd.checkpoint.files import locate, read_json
 from vllm_msd.draft import MSDDraft
-from vllm_msd.errors import DataError
+from vllm_msd.errors import CheckpointError, DataError
 from vllm_msd.provenance import provenance
 from vllm_msd.training.acceptance import (
     chain_acceptance,
@@ -21,6 +20,7 @@ from vllm_msd.training.acceptance import (
 )
 from vllm_msd.training.data.batches import image_roots, kind_of
 from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.settings import VISUAL_ROWS
 from vllm_msd.training.targets import Target
 from vllm_msd.tree import TreeConfig
 
@@ -99,8 +99,14 @@ def evaluate(
 
 def _trained_visual_rows(folder: Path) -> str:
     note = folder / "provenance.json"
-    content = json.loads(note.read_text()) if note.is_file() else {}
-    return content.get("settings", {}).get("visual_rows", "decoupled")
+    settings = read_json(note).get("settings") if note.is_file() else None
+    found = settings.get("visual_rows") if isinstance(settings, dict) else None
+    if found is not None and found not in VISUAL_ROWS:
+        raise CheckpointError(
+            f"{note}: visual_rows: got {found!r:.80}, expected one of {', '.join(VISUAL_ROWS)}. "
+            "Give --visual-rows."
+        )
+    return found or VISUAL_ROWS[0]
 
 
 def _first_of_each_kind(files: list[RecordFile], count: int) -> list[tuple[RecordFile, int]]:

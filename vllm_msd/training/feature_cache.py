@@ -5,16 +5,18 @@ that are there. `cache.json` says which target and data they are of.
 """
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_msd.errors import ConfigError
+from vllm_msd.errors import ConfigError, StorageError
+from vllm_msd.storage import replacing, storage_errors, write_json
 from vllm_msd.training.targets import Features
 
 ABOUT = "cache.json"
@@ -34,28 +36,30 @@ class FeatureCache:
 
     Raises:
         ConfigError: the folder holds features of something else.
+        StorageError: it cannot be written to, or holds a damaged shard.
     """
 
     def __init__(
         self, folder: Path, about: dict[str, Any], rank: int = 0, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self.folder, self.rank, self.shard_bytes = folder, rank, shard_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         about = json.loads(json.dumps(about))
         note = folder / ABOUT
         if note.is_file():
-            theirs = json.loads(note.read_text())
+            theirs = _about(note)
             other = [name for name in about if about[name] != theirs.get(name)]
             if other:
                 raise ConfigError(
                     f"cache_features: {folder} was made with another {', '.join(other)}. Give "
                     "another folder, or delete this one."
                 )
-        else:
-            _write_atomically(note, json.dumps(about, indent=1))
+        elif rank == 0:
+            write_json(note, about)
         self._shard_of: dict[str, Path] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
-            with safe_open(path, "pt") as shard:
+            with _opened(path) as shard:
                 keys = {name.rpartition("/")[0] for name in shard.keys()}  # noqa: SIM118
             self._shard_of.update(dict.fromkeys(keys, path))
         self._waiting: dict[str, Tensor] = {}
@@ -83,18 +87,18 @@ class FeatureCache:
         """The tensors of one record, as they were put."""
         if f"{key}/input_ids" in self._waiting:
             return {name: self._waiting[f"{key}/{name}"] for name in _NAMES}
-        with safe_open(self._shard_of[key], "pt") as shard:
+        with _opened(self._shard_of[key]) as shard:
             return {name: shard.get_tensor(f"{key}/{name}") for name in _NAMES}
 
     def flush(self) -> None:
         """Write what is waiting into a new shard."""
         if not self._waiting:
             return
-        number = len(list(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors")))
+        mine = self.folder.glob(f"shard-{self.rank:03d}-*.safetensors")
+        number = 1 + max((int(p.stem.rpartition("-")[2]) for p in mine), default=-1)
         path = self.folder / f"shard-{self.rank:03d}-{number:06d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file(self._waiting, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(self._waiting, partial)
         keys = {name.rpartition("/")[0] for name in self._waiting}
         self._shard_of.update(dict.fromkeys(keys, path))
         self._waiting, self._waiting_bytes = {}, 0
@@ -146,7 +150,23 @@ def unstack(features: Features) -> list[dict[str, Tensor]]:
     return rows
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _about(note: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(note.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"cache_features: {note} cannot be read ({error}). Delete its folder, or give another."
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise StorageError(
+            f"cache_features: {path} is damaged ({error}). Delete it; its records pass through the "
+            "target again."
+        ) from error

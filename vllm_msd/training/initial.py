@@ -9,9 +9,14 @@ import torch
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.draft import MSDDraft, MSDDraftConfig, TargetInfo
 from vllm_msd.draft.layers import DecoderLayer
-from vllm_msd.errors import ConfigError
+from vllm_msd.errors import CheckpointError, ConfigError
 from vllm_msd.training.targets import Target
 
+# What a draft's layer takes over from the target's language model.
+_SHAPES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
 # How much larger than text rows visual rows are taken to be.
 VISUAL_SCALE = 8.0
 # The copied layer was made for the target's residual stream, which is many times larger than the
@@ -29,8 +34,18 @@ def draft_config(
         name: what the config names as its target; the target's own name if empty.
         layers: decoder layers.
         layer_type: ``llama``, ``qwen2``, or ``auto`` for what suits the target.
+
+    Raises:
+        CheckpointError: the target's language model is of another build.
     """
     text = target.text
+    missing = [name for name in _SHAPES if getattr(text, name, None) is None]
+    if missing:
+        raise CheckpointError(
+            f"target {target.name}: its language model ({text.model_type}) has no "
+            f"{', '.join(missing)}. Drafts are layers of the Llama or Qwen2 type, for targets of "
+            "such layers."
+        )
     layer_type = target.layer_type if layer_type == "auto" else layer_type
     is_qwen = layer_type == "qwen2"
     heads = text.num_attention_heads

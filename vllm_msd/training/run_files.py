@@ -10,17 +10,26 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_msd.errors import ConfigError
+from vllm_msd.storage import (
+    PARTIAL,
+    check_folder,
+    remove,
+    storage_errors,
+    write_json,
+    write_text,
+)
 from vllm_msd.training.data.index import BadRecord, RecordFile
 from vllm_msd.training.settings import TrainSettings
 
 _STEP = "step-{:08d}"
+_WRITTEN = ("run.json", "log.jsonl", "skipped.jsonl", "curves.png", "best", "last")
+_GO_ON = "Mend that, then go on with --resume."
+_ANOTHER = "Start a new run in another folder."
 
 
 class RunFolder:
@@ -34,12 +43,14 @@ class RunFolder:
         self.checkpoints = self.folder / "checkpoints"
 
     def check(self, settings: TrainSettings) -> None:
-        """Refuse to mix runs.
+        """Refuse to mix runs, and a place that cannot be written to.
 
         Raises:
-            ConfigError: the folder holds a run and `resume` is off, or on with other settings, or
-                there is nothing to resume.
+            StorageError: the folder is a file, or not to be written to.
+            ConfigError: it holds a run and `resume` is off, or on with other settings, or there is
+                nothing to resume.
         """
+        check_folder(self.folder, "output")
         if not self.about.is_file():
             if settings.resume:
                 raise ConfigError(f"resume: {self.folder} holds no run. Leave --resume out.")
@@ -49,8 +60,7 @@ class RunFolder:
                 f"output: {self.folder} holds a run already. Give --resume to go on with it, or "
                 "another folder."
             )
-        run = json.loads(self.about.read_text())
-        found = settings.differences(run["settings"])
+        found = settings.differences(self._about()["settings"])
         if found:
             raise ConfigError(
                 f"resume: the run in {self.folder} was started with other settings:\n  "
@@ -60,73 +70,117 @@ class RunFolder:
 
     def check_data(self, data: list[dict[str, Any]]) -> None:
         """Refuse to resume with files that have changed since."""
-        run = json.loads(self.about.read_text())
-        changed = [
-            new["file"]
-            for new, old in zip(data, run["data"], strict=True)
-            if new["sha256"] != old["sha256"]
-        ]
+        old = {entry["file"]: entry["sha256"] for entry in self._about()["data"]}
+        changed = [new["file"] for new in data if new["sha256"] != old.get(new["file"])]
         if changed:
             raise ConfigError(
                 f"resume: {', '.join(changed)} changed since the run was started. Put back what "
                 "it was, or start a new run in another folder."
             )
 
+    def _about(self) -> dict[str, Any]:
+        with storage_errors(self.about, "read", _ANOTHER):
+            text = self.about.read_text(encoding="utf-8")
+        try:
+            run = json.loads(text)
+            is_whole = isinstance(run["settings"], dict) and all(
+                isinstance(entry["file"] + entry["sha256"], str) for entry in run["data"]
+            )
+        except (ValueError, TypeError, KeyError):
+            is_whole = False
+        if not is_whole:
+            raise ConfigError(f"resume: {self.about} is damaged. {_ANOTHER}")
+        return run
+
     def start(self, about: dict[str, Any], bad: Iterable[BadRecord]) -> None:
         """Begin a new run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log.unlink(missing_ok=True)
+            self.skipped.unlink(missing_ok=True)
         write_json(self.about, about)
-        self.log.write_text("")
-        self.skipped.write_text("")
-        self.skip(bad)
+        write_text(self.log, "")
+        self._list_again(bad)
+
+    def go_on(self, bad: Iterable[BadRecord]) -> None:
+        """Take up a run that was killed or has ended."""
+        left = [self.folder / (name + PARTIAL) for name in _WRITTEN]
+        for name in ("best", "last", "checkpoints"):
+            left += (self.folder / name).glob(f"*{PARTIAL}")
+        with storage_errors(self.folder):
+            for path in left:
+                remove(path)
+        self._list_again(bad)
+
+    def _list_again(self, bad: Iterable[BadRecord]) -> None:
+        """Write the list of left-out records anew: what it holds, and these where it has not."""
+        rows = dict.fromkeys((*self._listed(), *bad))
+        write_text(self.skipped, "".join(map(_line, rows)))
 
     def skip(self, bad: Iterable[BadRecord]) -> None:
         """List records that were left out; several processes may do so at once."""
-        lines = "".join(
-            json.dumps({"file": b.file, "line": b.line, "reason": b.reason}) + "\n" for b in bad
-        )
+        lines = "".join(map(_line, bad))
         if lines:
-            with self.skipped.open("a", encoding="utf-8") as file:
+            with storage_errors(self.skipped, advice=_GO_ON), self.skipped.open("a") as file:
                 file.write(lines)
 
     def listed(self) -> set[BadRecord]:
         """The records left out so far."""
-        with self.skipped.open(encoding="utf-8") as file:
-            return {BadRecord(**json.loads(line)) for line in file}
+        return set(self._listed())
+
+    def _listed(self) -> list[BadRecord]:
+        names = {"file", "line", "reason"}
+        return [BadRecord(**row) for row in _rows(self.skipped) if row.keys() == names]
 
     def write_log(self, row: dict[str, Any]) -> None:
         """Add a line of figures."""
-        with self.log.open("a") as file:
+        with storage_errors(self.log, advice=_GO_ON), self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
         """All lines of figures."""
-        if not self.log.is_file():
-            return []
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [row for row in _rows(self.log) if isinstance(row.get("step"), int)]
 
     def cut_log(self, step: int) -> None:
         """Forget what came after a step, which a resumed run does again."""
         rows = [json.dumps(row) + "\n" for row in self.read_log() if row["step"] <= step]
-        partial = self.log.with_suffix(".partial")
-        partial.write_text("".join(rows))
-        os.replace(partial, self.log)
+        write_text(self.log, "".join(rows))
 
-    def newest_checkpoint(self) -> Path | None:
-        """The last complete checkpoint."""
-        return max(self.checkpoints.glob("step-*[0-9]"), default=None)
+    def complete_checkpoints(self) -> list[Path]:
+        """Checkpoints that were written to their end, the newest first."""
+        return sorted(self.checkpoints.glob("step-*[0-9]"), reverse=True)
 
     def checkpoint(self, step: int) -> tuple[Path, Path]:
         """Where a checkpoint is written, and what it is called once it is complete."""
         final = self.checkpoints / _STEP.format(step)
-        return final.with_name(final.name + ".partial"), final
+        return final.with_name(final.name + PARTIAL), final
 
     def keep_checkpoints(self, count: int) -> None:
-        """Delete all but the newest, and what broken runs left behind."""
-        for path in sorted(self.checkpoints.glob("step-*[0-9]"))[:-count]:
-            shutil.rmtree(path)
-        for path in self.checkpoints.glob("*.partial"):
-            shutil.rmtree(path)
+        """Delete all but the newest."""
+        with storage_errors(self.checkpoints):
+            for path in self.complete_checkpoints()[count:]:
+                remove(path)
+
+
+def _line(bad: BadRecord) -> str:
+    return json.dumps({"file": bad.file, "line": bad.line, "reason": bad.reason}) + "\n"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The tables in a JSONL file; lines that a kill or a full disk cut short are passed over."""
+    if not path.is_file():
+        return []
+    with storage_errors(path, "read"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
 
 
 def describe_data(files: Sequence[RecordFile]) -> list[dict[str, Any]]:
@@ -146,10 +200,3 @@ def describe_data(files: Sequence[RecordFile]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

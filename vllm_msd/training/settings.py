@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from vllm_msd.errors import ConfigError
+from vllm_msd.storage import storage_errors
 
 CURRICULA = ("two-stage", "text", "multimodal", "mixed")
 VISUAL_ROWS = ("decoupled", "coupled", "dropped")
@@ -203,11 +204,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, by field name (dashes count as underscores)."""
     import yaml
 
+    with storage_errors(path, "read", "Give a YAML file."):
+        text = Path(path).read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give another file.") from error
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(text)
+    # Impossible dates are ValueErrors, and nothing bounds how deep a file may nest.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got {type(content).__name__}, expected a table of settings.")

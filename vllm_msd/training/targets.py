@@ -6,6 +6,8 @@ norm, and what its language model is handed are the merged embeddings, images in
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_msd.errors import CheckpointError
+from vllm_msd.errors import CheckpointError, MSDError
 from vllm_msd.training.data.batches import TokenBatch
 from vllm_msd.training.data.render import Renderer
 
@@ -39,6 +41,48 @@ class Features:
     visual: Tensor
     embeds: Tensor
     hidden: Tensor
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """Tell what is wrong with a target's files in a sentence.
+
+    They are read by Transformers, the tokenizers and safetensors, each of which has errors of its
+    own for files that are missing, cut short, Git LFS pointers or something else.
+    """
+    try:
+        yield
+    except MSDError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300].rstrip(".") or type(error).__name__
+        raise CheckpointError(
+            f"target {path} cannot be loaded: {reason}. Give the folder or hub name of a model, "
+            "with its weights (no Git LFS pointers), tokenizer.json and processor."
+        ) from error
+
+
+def complete_processor(processor: Any, config: Any) -> None:
+    """Fill in what a LLaVA processor's file leaves out, from the target's config, as vLLM does.
+
+    The processor writes as many visual tokens as the model makes features, which follows from the
+    vision encoder alone.
+    """
+    vision = getattr(config, "vision_config", None)
+    patch_size, image_size = (getattr(vision, n, None) for n in ("patch_size", "image_size"))
+    filled = {
+        "patch_size": patch_size,
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+    }
+    if isinstance(patch_size, int) and isinstance(image_size, int):
+        filled["num_image_tokens"] = (image_size // patch_size) ** 2
+    for name, value in filled.items():
+        if hasattr(processor, name) and getattr(processor, name) is None:
+            setattr(processor, name, value)
+    # CLIP puts a class token before its patches; a file that leaves it out says 0.
+    has_class_token = getattr(vision, "model_type", None) == "clip_vision_model"
+    if has_class_token and getattr(processor, "num_additional_image_tokens", None) == 0:
+        processor.num_additional_image_tokens = 1
 
 
 class Target:
@@ -67,10 +111,24 @@ class Target:
             )
         self.text = self.config.get_text_config(decoder=True)
         self.image_token_id: int = self.config.image_token_id
-        tokenizer = processor.tokenizer
+        if type(self.image_token_id) is not int:
+            raise CheckpointError(
+                f"target {name}: config.json has no image_token_id. Give the whole target."
+            )
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None:
+            raise CheckpointError(
+                f"target {name}: got a {type(processor).__name__}, expected a processor of texts "
+                "and images. Add its processor_config.json or preprocessor_config.json."
+            )
         ends = model.generation_config.eos_token_id
         self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self.end_ids.discard(None)
+        if not self.end_ids:
+            raise CheckpointError(
+                f"target {name}: no token ends a reply. Its tokenizer_config.json names an "
+                "eos_token, or its generation_config.json an eos_token_id."
+            )
         self.pad_id: int = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = min(self.end_ids)
@@ -90,26 +148,31 @@ class Target:
         Raises:
             CheckpointError: it is not there, or of a family that training does not know.
         """
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
-        try:
-            model_type = AutoConfig.from_pretrained(path).model_type
-            if model_type not in FAMILIES:
-                raise CheckpointError(
-                    f"target {path}: got a model of type {model_type!r}, expected one of "
-                    f"{', '.join(FAMILIES)}."
-                )
+        with _loading(path):
+            model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        # Before Transformers looks for it: it knows other families, and not all that there are.
+        if model_type not in FAMILIES:
+            raise CheckpointError(
+                f"target {path}: got a model of type {model_type!r}, expected one of "
+                f"{', '.join(FAMILIES)}. Give a model in the Hugging Face form."
+            )
+        with _loading(path):
             processor = AutoProcessor.from_pretrained(path)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=attention,
+                output_loading_info=True,
             )
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
+        model, about = loaded
+        if missing := sorted(about["missing_keys"]):
             raise CheckpointError(
-                f"target {path} cannot be loaded: {reason} Give the folder or hub name of a model."
-            ) from error
+                f"target {path}: weights are missing: {', '.join(missing[:5])}"
+                f"{' and others' if len(missing) > 5 else ''}. Fetch it again."
+            )
+        complete_processor(processor, model.config)
         return cls(model.to(device), processor, str(path))
 
     @property
@@ -152,12 +215,13 @@ class Target:
     def features(self, batch: TokenBatch) -> Features:
         """Run the target over a right-padded batch on its own device."""
         self._forget_positions()
-        out = self.model.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **self._typed(batch.extras),
-        )
+        with self._reading():
+            out = self.model.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **self._typed(batch.extras),
+            )
         embeds, self._embeds = self._embeds, None
         if embeds is None:
             raise RuntimeError("the target's language model ran without inputs_embeds")
@@ -193,20 +257,21 @@ class Target:
                 replies = input_ids[:, width : input_ids.shape[1] - beyond]
                 return torch.isin(replies, ends).any(1)
 
-        out = self.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **self._typed(batch.extras),
-            max_new_tokens=max_tokens + beyond,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            # The criterion ends replies; an end-of-turn token itself must not.
-            eos_token_id=[self.text.vocab_size],
-            pad_token_id=self.pad_id,
-            stopping_criteria=StoppingCriteriaList([AfterEnd()]),
-        )[:, width:]
+        with self._reading():
+            out = self.model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                **self._typed(batch.extras),
+                max_new_tokens=max_tokens + beyond,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                # The criterion ends replies; an end-of-turn token itself must not.
+                eos_token_id=[self.text.vocab_size],
+                pad_token_id=self.pad_id,
+                stopping_criteria=StoppingCriteriaList([AfterEnd()]),
+            )[:, width:]
         self._embeds = None
         replies = []
         for reply in out.tolist():
@@ -224,6 +289,20 @@ class Target:
             "config": json.loads(self.config.to_json_string(use_diff=True)),
             "weights": {file.name: file.stat().st_size for file in files},
         }
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell in a sentence that processor and model do not belong together."""
+        try:
+            yield
+        except ValueError as error:
+            if "do not match" not in str(error):
+                raise
+            raise CheckpointError(
+                f"target {self.name}: its processor writes other numbers of visual tokens than its "
+                f"model makes features ({error}). Check that processor_config.json, "
+                "preprocessor_config.json and config.json are those of one model."
+            ) from error
 
     def _keep(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._embeds = kwargs["inputs_embeds"]

@@ -131,11 +131,15 @@ def _best(scores: Tensor, count: int) -> Tensor:
 def _rerank(
     root_tokens: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, keep: int
 ) -> DraftTree:
-    """Keep the best candidates, in candidate order, below a root."""
-    kept = _best(scores, keep).sort(1).values  # [B, keep] candidate numbers
+    """Keep the best candidates below a root, the most probable first.
+
+    So every prefix of the nodes is the most probable tree of its size.
+    """
+    kept = _best(scores, keep)  # [B, keep] candidate numbers
     parents = parents.gather(1, kept)
-    # Candidate number to node number: kept is sorted, node 0 is the root.
-    nodes = torch.where(parents < 0, 0, torch.searchsorted(kept, parents) + 1)
+    node_of = kept.new_zeros(scores.shape)  # of each candidate
+    node_of.scatter_(1, kept, torch.arange(1, keep + 1, device=kept.device).expand_as(kept))
+    nodes = torch.where(parents < 0, 0, node_of.gather(1, parents.clamp(min=0)))
     root = torch.full_like(root_tokens[:, None], -1)
     return DraftTree.from_parents(
         torch.cat([root_tokens[:, None], tokens.gather(1, kept)], 1),

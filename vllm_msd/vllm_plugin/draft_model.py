@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 
+from vllm_msd.checkpoint.weights import EMBEDDING, is_derived
 from vllm_msd.draft import MSDDraftConfig
 from vllm_msd.errors import CheckpointError
 
@@ -258,7 +259,7 @@ class EagleMsdForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint with the published names.
 
-        An embedding table is skipped (the target's is shared).
+        An embedding table is skipped (the target's is shared), and what follows from the config.
 
         Raises:
             CheckpointError: a weight is missing, unknown or has the wrong shape.
@@ -266,7 +267,7 @@ class EagleMsdForCausalLM(nn.Module):
         expected = self.model.draft_config.weight_shapes()
         checked = {}
         for name, weight in weights:
-            if name == "embed_tokens.weight":
+            if name == EMBEDDING or is_derived(name):
                 continue
             if name not in expected:
                 raise CheckpointError(

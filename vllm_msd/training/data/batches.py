@@ -50,11 +50,16 @@ class Example:
 
 @dataclass
 class StepData:
-    """One process's part of a step, and the broken records it met."""
+    """One process's part of a step, and the broken records it met.
+
+    error: what ends the run, or empty; a process that prepares records would wrap its traceback
+    round an exception.
+    """
 
     step: int
     examples: list[Example]
     bad: list[BadRecord] = field(default_factory=list)
+    error: str = ""
 
 
 class Corpus:
@@ -151,9 +156,12 @@ class StepDataset(Dataset):
     def __getitem__(self, step: int) -> StepData:
         data = StepData(step, [])
         records = self.plan.records(step)
-        for slot in range(self.rank, len(records), self.world):
-            kind, number = records[slot]
-            data.examples.append(self._example(data, slot, kind, number))
+        try:
+            for slot in range(self.rank, len(records), self.world):
+                kind, number = records[slot]
+                data.examples.append(self._example(data, slot, kind, number))
+        except DataError as error:
+            data.error = str(error)
         return data
 
     def _example(self, data: StepData, slot: int, kind: int, number: int) -> Example:

@@ -15,12 +15,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vllm_msd.errors import DataError
+from vllm_msd.storage import file_error
 from vllm_msd.training.data.records import BadRecordError, Record, parse_record
 
 # Bytes taken at once. JSON's own characters are ASCII, which UTF-8 uses for nothing else, so the
 # search for records' ends works on bytes read as Latin-1.
 _CHUNK = 1 << 20
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
+# What Python's parser says to bytes that are not UTF-8, to bad JSON, and to what is too deep.
+_BAD_JSON = (ValueError, RecursionError)
 # What one image adds to a record's length estimate, in bytes of text.
 _IMAGE_BYTES = 2400
 
@@ -79,7 +82,7 @@ class RecordFile:
                 weights.append(end - start + _IMAGE_BYTES * len(record.images))
         except OSError as error:
             raise DataError(
-                f"{path} cannot be read: {error.strerror}. Give a JSON or JSONL file."
+                f"{path} cannot be read: {file_error(error)}. Give a JSON or JSONL file."
             ) from error
         if not spans:
             listed = "".join(f"\n  {bad}" for bad in self.bad[:3])
@@ -97,12 +100,18 @@ class RecordFile:
         return int(self._spans[number, 2])
 
     def __getitem__(self, number: int) -> Record:
-        start, end, _ = self._spans[number].tolist()
-        # A handle shared with a forked process would share its position too.
-        if self._file is None or self._owner != os.getpid():
-            self._file, self._owner = self.path.open("rb"), os.getpid()
-        self._file.seek(start)
-        return parse_record(json.loads(self._file.read(end - start)))
+        start, end, line = self._spans[number].tolist()
+        try:
+            # A handle shared with a forked process would share its position too.
+            if self._file is None or self._owner != os.getpid():
+                self._file, self._owner = self.path.open("rb"), os.getpid()
+            self._file.seek(start)
+            return parse_record(json.loads(self._file.read(end - start)))
+        except (OSError, *_BAD_JSON, BadRecordError) as error:
+            raise DataError(
+                f"{self.path}, line {line}: it was a record when the file was first read, and is "
+                f"none now ({error}). Leave the file as it is while it is used."
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -125,7 +134,7 @@ def _scan_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any
         if text.strip():
             try:
                 raw = json.loads(text)
-            except ValueError as error:
+            except _BAD_JSON as error:
                 raise DataError(
                     f"{path}, line {line}: not valid JSON: {_reason(error)}. A JSONL file holds "
                     "one record per line."
@@ -181,7 +190,7 @@ def _scan_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]
         while True:
             try:
                 raw, end = decoder.raw_decode(buffer, position)
-            except ValueError as error:
+            except _BAD_JSON as error:
                 place = getattr(error, "pos", position)
                 is_open = "Unterminated string" in str(error) or place > len(buffer) - 16
                 done = place - position  # more() moves the buffer, not the distance
@@ -195,6 +204,12 @@ def _scan_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]
             # What ends with the chunk may be a number that goes on in the next.
             if not more():
                 raise fail("the file is cut short")
+        text = buffer[position:end]
+        if not text.isascii():  # so far its bytes were read as Latin-1
+            try:
+                raw = json.loads(text.encode("latin-1"))
+            except _BAD_JSON as error:
+                raise fail(_reason(error)) from error
         yield base + position, base + end, line, raw
         line += buffer.count("\n", position, end)
         position = end
@@ -206,5 +221,7 @@ def _after_space(text: str, position: int) -> int:
     return found.start() if found else len(text)
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "tables within tables, too many of them"
     return str(getattr(error, "msg", error))

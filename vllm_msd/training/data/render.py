@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from vllm_msd.errors import ConfigError
+from vllm_msd.training.data.images import load_image
 from vllm_msd.training.data.records import BadRecordError, Record
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -126,25 +127,16 @@ class Renderer:
         return Rendered(ids, torch.zeros(len(ids), dtype=torch.bool), inputs)
 
     def _load_images(self, record: Record) -> list[Image.Image]:
-        loaded = []
-        for name in record.images:
-            path = next((p for r in self.image_roots if (p := r / name).is_file()), None)
-            if path is None:
-                raise BadRecordError(f"image {name}: there is no such file")
-            try:
-                with Image.open(path) as image:
-                    loaded.append(image.convert("RGB"))
-            # Pillow reports damage in many ways, SyntaxError for a broken PNG among them.
-            except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-                raise BadRecordError(f"image {name} cannot be read: {error}") from error
-            except Image.DecompressionBombError as error:
-                raise BadRecordError(f"image {name} is too large: {error}") from error
-        return loaded
+        return [load_image(name, self.image_roots) for name in record.images]
 
     def _text(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        # A template is a program of its own: it can refuse a talk, or stumble over it, in any way.
+        except Exception as error:
+            raise BadRecordError(f"the chat template refused it: {_said(error)}") from error
 
     def _options(self, text: str) -> dict[str, Any]:
         """A template that writes the first token itself must not get it twice."""
@@ -152,6 +144,10 @@ class Renderer:
         return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, Tensor]:
+        typed = self._tokens(text)[0]
+        places = int((typed == self.image_token_id).sum())
+        if places != len(images) or self.forbidden_ids & set(typed.tolist()):
+            raise BadRecordError("its text holds the target's own placeholder")
         try:
             # Flat, as vLLM hands them over: nested, LLaVA-OneVision's would not cut several images
             # of one talk into crops.
@@ -161,13 +157,9 @@ class Renderer:
                 return_tensors="pt",
                 **self._options(text),
             )
-        # Processors refuse odd images and wrong placeholder counts each in their own way.
-        except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
-            raise BadRecordError(f"the processor refused it: {error}") from error
-        ids = found["input_ids"][0]
-        visual = int((ids == self.image_token_id).sum())
-        if bool(visual) != bool(images) or self.forbidden_ids & set(ids.tolist()):
-            raise BadRecordError("its text holds the target's own placeholder")
+        # Processors refuse odd images each in their own way.
+        except Exception as error:
+            raise BadRecordError(f"the processor refused it: {_said(error)}") from error
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def _tokens(self, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -206,10 +198,13 @@ class Renderer:
                 "the replies cannot be found in the target's chat template: it rewrites earlier "
                 "turns and has no {% generation %} markers"
             )
-        found: Any = render_jinja_template(
-            [messages], chat_template=self.template, return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )  # fmt: skip
+        try:
+            found: Any = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )  # fmt: skip
+        except Exception as error:  # as in `_text`
+            raise BadRecordError(f"the chat template refused it: {_said(error)}") from error
         rendered, spans = found
         if rendered[0] != text:
             raise BadRecordError("the chat template gives another text with generation markers")
@@ -243,6 +238,11 @@ class Renderer:
         goes_on[0] = False
         first = (~goes_on).nonzero().flatten()
         return ids[first], first
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _reply(message: dict) -> str:

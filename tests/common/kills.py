@@ -1,0 +1,251 @@
+"""`train` and `convert` killed at random moments and started again, until they reach their end.
+
+Every run is a process of its own, forked from one that has imported everything, so that a kill
+meets the work and not the start. A run is killed once, then started again as a user would, and its
+result compared, to the last bit, with that of a run that nobody killed.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_MET = ("not at all", "before a step", "between steps", "after the last step")
+
+
+def killed(what: str, kills: int, seed: int, timeout: float = 7200) -> dict[str, Any]:
+    """Kill ``train`` or ``convert`` so often, in a fresh process; returns `_train`'s table.
+
+    Raises:
+        RuntimeError: a result is another one, or was half-written and taken for whole.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "tests.common.kills", what, str(kills), str(seed)]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{what}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run(arguments: list[str], moment: float | None = None) -> tuple[int | None, str]:
+    """Run a command in a fork, killed after ``moment`` seconds; its exit code and what it said.
+
+    The code is None if the kill came first.
+    """
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            from vllm_msd.cli.main import main
+
+            os.dup2(said.fileno(), 2)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                code = main(arguments)
+                said.flush()
+        finally:
+            os._exit(code)
+    if moment is not None:
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    said.seek(0)
+    return (None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), said.read()
+
+
+def _train(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill a training so often; how many kills met it before, in and after its steps."""
+    from tests.common import tiny
+    from tests.common.conversations import write_conversations
+
+    if not _run_alone(lambda: tiny.build_pair(folder / "pair", "llava")):
+        raise RuntimeError("the target cannot be built")
+    text, multimodal = write_conversations(folder / "data")
+    settings = {
+        "target": str(folder / "pair" / "target"), "text_data": [str(text)],
+        "multimodal_data": [str(multimodal)], "steps": 12, "batch_size": 2, "precision": "no",
+        "device": "cpu", "eval_records": 1, "eval_every": 4, "eval_max_tokens": 4, "save_every": 2,
+        "log_every": 1, "learning_rate": 1e-3, "warmup_steps": 2,
+    }  # fmt: skip
+
+    def command(name: str) -> list[str]:
+        path = folder / f"{name}.yaml"
+        path.write_text(json.dumps(settings | {"output": str(folder / name)}))
+        return ["train", "--config", str(path)]
+
+    started = time.monotonic()
+    _expect(_run(command("whole")), "the unbroken run")
+    seconds = time.monotonic() - started
+    names = ("last/model.safetensors", "best/model.safetensors", "last/config.json")
+    expected = {name: (folder / "whole" / name).read_bytes() for name in names}
+    losses = _losses(folder / "whole")
+    met = dict.fromkeys(_MET, 0)
+    for number in count():
+        if sum(met.values()) - met["not at all"] == kills:
+            break
+        name = f"run-{number}"
+        moment = rng.uniform(0.0, seconds)
+        code, _ = _run(command(name), moment)
+        done = len(_losses(folder / name))
+        kinds = (code is not None, not done, done < 12, True)
+        met[next(k for k, fits in zip(_MET, kinds, strict=True) if fits)] += 1
+        if code is None:
+            has_run = (folder / name / "run.json").is_file()
+            _check_drafts(folder / name)
+            _expect(_run([*command(name), *(["--resume"] if has_run else [])]), f"{name}, {moment}")
+        got = {n: (folder / name / n).read_bytes() for n in names}
+        # A draft's config names its target, whose folder is the same; so all of it is.
+        wrong = [n for n in names if got[n] != expected[n]]
+        if wrong or _losses(folder / name) != losses:
+            raise RuntimeError(f"{name}, killed after {moment:.3f} s: {wrong}, {met}")
+        left = [str(p) for p in (folder / name).rglob("*.partial")]
+        if left:
+            raise RuntimeError(f"{name}: left behind: {left}")
+        shutil.rmtree(folder / name)
+    return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
+
+
+def _convert(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill a conversion so often; how many drafts were there after the kill, whole or not."""
+    source, whole = folder / "source", folder / "whole"
+    if not _run_alone(lambda: _write_large_draft(source)):
+        raise RuntimeError("the draft cannot be written")
+    started = time.monotonic()
+    _expect(_run(["convert", str(source), str(whole)]), "the unbroken conversion")
+    seconds = time.monotonic() - started
+    expected = {p.name: p.read_bytes() for p in whole.iterdir()}
+    met = {"nothing written": 0, "half written": 0, "whole": 0, "not at all": 0}
+    for number in count():
+        if sum(met.values()) - met["not at all"] == kills:
+            break
+        target = folder / f"draft-{number}"
+        if number % 3 == 1:
+            target.mkdir()
+        elif number % 3 == 2:  # over another draft
+            _expect(_run(["convert", str(source), str(target)]), "a first draft")
+            config = json.loads((target / "config.json").read_text())
+            (target / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+        force = ["--force"] if number % 3 == 2 else []
+        code, _ = _run(["convert", str(source), str(target), *force], rng.uniform(0, seconds))
+        if code is not None:
+            met["not at all"] += 1
+        elif _check_draft(target, source):
+            met["whole"] += 1
+        else:
+            there = target.is_dir() and any(target.iterdir())
+            met["half written" if there else "nothing written"] += 1
+        is_done = code is None and not force and (target / "config.json").exists()
+        if code is None and not is_done:
+            _expect(_run(["convert", str(source), str(target), *force]), f"convert {number}")
+        got = {p.name: p.read_bytes() for p in target.iterdir() if p.is_file()}
+        if got != expected:
+            raise RuntimeError(f"convert {number}: {got.keys()}, expected {expected.keys()}")
+        shutil.rmtree(target)
+    return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
+
+
+def _write_large_draft(folder: Path) -> None:
+    """A draft of 120 MB, so that kills meet its writing."""
+    import torch
+
+    from tests.common.drafts import PUBLISHED
+    from vllm_msd.draft import MSDDraftConfig
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 6000, "vocab_size": 4000}
+    raw = PUBLISHED["llava"] | sizes
+    config = MSDDraftConfig.from_dict(raw)
+    shapes = {**config.weight_shapes(), "embed_tokens.weight": config.embedding_shape()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    torch.save({n: torch.randn(s) for n, s in shapes.items()}, folder / "pytorch_model.bin")
+
+
+def _check_drafts(folder: Path) -> None:
+    """What a killed run calls a draft is one, and what it calls a checkpoint is complete."""
+    from safetensors import safe_open
+
+    for path in folder.rglob("*.safetensors"):
+        if ".partial" not in str(path):
+            with safe_open(path, "pt") as file:
+                file.keys()
+    for path in (folder / "checkpoints").glob("step-*[0-9]"):
+        if not (path / "trainer.pt").is_file():
+            raise RuntimeError(f"{path} is half-written")
+
+
+def _check_draft(folder: Path, source: Path) -> bool:
+    """Whether a draft is there that reads as whole; then it must be one of the two whole ones."""
+    from vllm_msd.checkpoint import load_draft_config
+    from vllm_msd.errors import CheckpointError
+
+    try:
+        config = load_draft_config(folder)
+    except CheckpointError:
+        return False
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        file.keys()
+    if config.rope_theta not in (1.0, load_draft_config(source).rope_theta):
+        raise RuntimeError("neither the old draft's config nor the new one's")
+    return True
+
+
+def _losses(run: Path) -> list[float]:
+    log = run / "log.jsonl"
+    lines = log.read_text().split("\n")[:-1] if log.is_file() else []
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def _expect(result: tuple[int | None, str], what: str) -> None:
+    if result[0] != 0:
+        raise RuntimeError(f"{what}: exit code {result[0]}\n{result[1][-3000:]}")
+
+
+def _run_alone(work: Any) -> bool:
+    """Do something in a fork: threads of PyTorch must not start in the process that forks."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def main() -> None:
+    """Print one table; exits with a traceback when a result differs."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("train", "convert"))
+    parser.add_argument("kills", type=int)
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args()
+    # Imported here once, for every fork.
+    import vllm_msd.checkpoint
+    import vllm_msd.training.engine  # noqa: F401
+
+    work = {"train": _train, "convert": _convert}[args.what]
+    with tempfile.TemporaryDirectory() as folder:
+        found = work(Path(folder), args.kills, random.Random(args.seed))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
