@@ -36,7 +36,7 @@ SHARES = {
     "oversized": 4,
     "wrong_type": 4,
 }
-# Whose text must be that of no speculation, and which must be refused.
+# Whose text must be that of no speculation, and what must be refused as it is then.
 ANSWERED = ("good", "streamed", "adapter", "structured", "seeded")
 REFUSED = ("corrupt_image", "huge_image", "oversized", "wrong_type")
 ADAPTERS = ("first", "second")
@@ -102,12 +102,13 @@ def key(body: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in body.items() if name != "stream"})
 
 
-def plain_texts(server: Server, asked: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, str]:
-    """Answers of a server without speculation to all that must be answered, by `key`."""
-    distinct = {key(body): body for case, body in asked if case in ANSWERED}
-    bodies = [{**body, "stream": False} for body in distinct.values()]
-    found = asyncio.run(_send_all(server, [("good", body) for body in bodies], []))
-    return {wanted: outcome.text or "" for wanted, outcome in zip(distinct, found, strict=True)}
+def plain_outcomes(
+    server: Server, asked: Sequence[tuple[str, dict[str, Any]]]
+) -> dict[str, Outcome]:
+    """What a server without speculation makes of all that is answered or refused, by `key`."""
+    distinct = {key(body): (case, body) for case, body in asked if case in (*ANSWERED, *REFUSED)}
+    bodies = [(case, {**body, "stream": False}) for case, body in distinct.values()]
+    return dict(zip(distinct, asyncio.run(_send_all(server, bodies, [])), strict=True))
 
 
 def soak(
@@ -138,7 +139,8 @@ async def _send_all(
 ) -> list[Outcome]:
     """Outcomes in the order of ``asked``; ``memory`` gets a sample (MiB) each second."""
     gate = asyncio.Semaphore(CONCURRENCY)
-    limits = httpx.Limits(max_connections=CONCURRENCY)
+    # A connection each: the server closes one that was idle for 5 s, maybe as it is used again.
+    limits = httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=server.url, timeout=HANGS, limits=limits) as client:
 
         async def one(case: str, body: dict[str, Any]) -> Outcome:

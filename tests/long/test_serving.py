@@ -16,7 +16,7 @@ from tests.common.adapters import write_adapter
 from tests.common.server import Server, start_server
 from tests.long.record import FAULTS, long_form, write_part
 from tests.vllm.test_config_fuzz import engine, try_configs  # noqa: F401 (a fixture)
-from tests.vllm.test_server_fuzz import Judge
+from tests.vllm.test_server_fuzz import Judge, start_without_msd
 from vllm_msd.demo.paths import demo_pair
 
 pytestmark = long_form
@@ -34,14 +34,18 @@ def test_configs(engine, monkeypatch):  # noqa: F811
 
 
 def test_requests(tmp_path):
-    server = start_server(tmp_path, ENVIRONMENT, os.sched_getaffinity(0))
-    judge = Judge(server)
+    cores = os.sched_getaffinity(0)
+    server = start_server(tmp_path, ENVIRONMENT, cores)
+    beside = tmp_path / "without"
+    beside.mkdir()
+    judge = Judge(server, lambda: start_without_msd(beside, ENVIRONMENT, cores))
     try:
         statuses = server_fuzz.fuzz(server, EXAMPLES, NUMBER, judge)
         judge.server_is_well()
     finally:
+        judge.close()
         server.stop()
-    figures = {"statuses": statuses, "server_ended": False}
+    figures = {"statuses": statuses, "errors_of_vllm": judge.of_vllm, "server_ended": False}
     write_part(FAULTS, "request-fuzz", figures, seed=NUMBER, examples=EXAMPLES, **TREES)
 
 
@@ -51,21 +55,26 @@ def test_soak(tmp_path):
         for number, name in enumerate(server_soak.ADAPTERS, 1)
     ]
     options = ["--max-num-seqs", "64", "--max-num-batched-tokens", "2048", "--enable-lora"]
-    options += ["--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", *adapters]
+    # A place more than adapters: on a CPU vLLM gives rows without an adapter the last place's.
+    options += ["--max-loras", "3", "--max-lora-rank", "8", "--lora-modules", *adapters]
+    # Requests that bring the same new picture at once can overtake each other on their way through
+    # vLLM's cache of processed pictures; it then asks the client to try again, with status 500.
+    options += ["--mm-processor-cache-gb", "0"]
     asked = server_soak.orders(server_soak.REQUESTS, NUMBER)
 
     def started(name: str, *more: str) -> Server:
-        folder = tmp_path / name
+        folder = tmp_path / f"server-{name}"
         folder.mkdir()
         cores = os.sched_getaffinity(0)
         return start_server(folder, ENVIRONMENT, cores, [*options, *more])
 
     plain = started("plain", "--speculative-config", "None")
     try:
-        expected = server_soak.plain_texts(plain, asked)
+        expected = server_soak.plain_outcomes(plain, asked)
     finally:
         plain.stop()
-    assert len(set(expected.values())) > len(expected) // 3
+    texts = {outcome.text for outcome in expected.values() if outcome.status == 200}
+    assert len(texts) > len(expected) // 3
 
     for run in ("first", "second"):
         server = started(run)
@@ -81,7 +90,7 @@ def test_soak(tmp_path):
         different = [
             (body, outcome.status, outcome.text)
             for (case, body), outcome in pairs
-            if case in server_soak.ANSWERED and outcome.text != expected[server_soak.key(body)]
+            if case in server_soak.ANSWERED and outcome.text != expected[server_soak.key(body)].text
         ]
         statuses = Counter(f"{outcome.case} {outcome.status}" for outcome in found)
         figures |= {
@@ -89,7 +98,7 @@ def test_soak(tmp_path):
             "statuses": dict(sorted(statuses.items())),
             "different": len(different),
             "left_running": len(alive),
-            "distinct_answers": len(set(expected.values())),
+            "distinct_answers": len(texts),
         }
         settings = {"seed": NUMBER, "concurrency": server_soak.CONCURRENCY, **TREES}
         write_part(FAULTS, f"server-soak-{run}", figures, **settings)
@@ -97,6 +106,9 @@ def test_soak(tmp_path):
         assert alive == [] and figures["held"] == {}
         assert 0 < figures["accepted"] < figures["verified"]
         assert figures["memory_growth_mib"] < server_soak.MEMORY_GROWTH_MIB
-        for case, outcome in ((case, outcome) for (case, _), outcome in pairs):
-            expected_status = range(400, 500) if case in server_soak.REFUSED else (200,)
-            assert outcome.status in expected_status, outcome
+        for (case, body), outcome in pairs:
+            refused = case in server_soak.REFUSED
+            status = expected[server_soak.key(body)].status if refused else 200
+            assert outcome.status == status, outcome
+            # A picture of 400 million pixels ends in an error 500 of vLLM's own.
+            assert not refused or 400 <= status < 500 or case == "huge_image", outcome

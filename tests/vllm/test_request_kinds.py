@@ -1,6 +1,7 @@
 """LoRA adapters, videos and seeds beside other requests, with chains and trees on both runners.
 
-Each report comes from one process (see ``tests.common.request_identity``); the tests only read it.
+Each target has a process under each runner (see ``tests.common.request_identity``), started when
+it is first asked for; the tests only read its report.
 Not covered: adapters of the vision tower, and videos of different lengths for LLaVA-OneVision,
 which end vLLM 0.32 without speculation too.
 """
@@ -32,9 +33,9 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Runs all targets on a runner when it is first asked for."""
+    """Runs a target on a runner when it is first asked for."""
     folder = tmp_path_factory.mktemp("kinds")
-    targets = []
+    orders = {}
     for kind, cases in CASES.items():
         pair = tiny.build_pair(folder / kind, kind, decoys=2)
         order = {"kind": kind, "target": pair.target, "draft": pair.draft, "cases": cases}
@@ -44,18 +45,18 @@ def reports(tmp_path_factory):
                 write_adapter(folder / f"{kind}-{seed}", pair.target, seed, head=kind == "llava")
                 for seed in (1, 2)
             ]
-        targets.append(order)
+        orders[kind] = order
 
     @cache
-    def report(runner):
-        return run_worker("requests", runner, targets=targets)["targets"]
+    def report(runner, kind):
+        return run_worker("requests", runner, **orders[kind])["ways"]
 
     return report
 
 
 @pytest.mark.parametrize(("runner", "kind", "way", "case"), RUNS)
 def test_same_tokens(reports, runner, kind, way, case):
-    result = reports(runner)[kind][way][case]
+    result = reports(runner, kind)[way][case]
     assert result["same"], result["first_difference"]
     assert result["accepted"] > 0
     assert result["rejected"] > 0
@@ -63,7 +64,7 @@ def test_same_tokens(reports, runner, kind, way, case):
 
 @pytest.mark.parametrize(("runner", "kind", "way", "case"), RUNS)
 def test_cases_saw_what_they_are_for(reports, runner, kind, way, case):
-    result = reports(runner)[kind][way][case]
+    result = reports(runner, kind)[way][case]
     if case == "lora_adapters":
         assert result["distinct"] == 6  # two prompts, two adapters and the base model
     elif case == "videos":
