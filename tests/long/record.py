@@ -2,7 +2,7 @@
 
 Long forms take minutes to hours and are skipped unless ``MSD_LONG`` is set:
 
-    MSD_LONG=1 python -m pytest tests/long/test_faults.py
+    MSD_LONG=1 python -m pytest tests/long/test_serving.py
 """
 
 import json
