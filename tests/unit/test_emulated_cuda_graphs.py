@@ -5,21 +5,16 @@ own.
 """
 
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.common.cuda_graphs import CaptureError, StaleGraphError, emulated_graphs
+from tests.common.triton_interpreter import INTERPRETED, run_again_interpreted
 from vllm_msd.kernels import ancestor_bits, tree_attention
 from vllm_msd.kernels.tree_attention.eager import tree_attention_eager
 from vllm_msd.tree import TreeShape, grow_tree
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in a process of its own with TRITON_INTERPRET=1"
 )
@@ -45,14 +40,7 @@ def scaled_sum(x, y, factor):
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter's process")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    run_again_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

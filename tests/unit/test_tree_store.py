@@ -5,7 +5,7 @@ import torch
 
 from tests.common.accepted_paths import random_forest, walked_one_by_one
 from vllm_msd.kernels import ancestor_bits
-from vllm_msd.tree import DraftTree, TreeStore
+from vllm_msd.tree import DraftTree, TreeStore, lay_out_chains
 
 SLOTS, ROWS, NODES = 6, 80, 9
 FIELDS = ("parents", "depths", "ancestors")
@@ -54,6 +54,20 @@ def test_slots_start_with_chains_and_keep_what_is_put():
         assert torch.equal(kept[4], getattr(store.chain, name)[0]), name
         assert torch.equal(kept[1], getattr(tree, name)[2]), name
     assert not torch.equal(store.parents[1], store.parents[4])
+
+
+def test_some_trees_become_chains_of_their_nodes():
+    store = TreeStore(SLOTS, ROWS, NODES)
+    tree, _ = forest([NODES] * 3, seed=3)
+    slots, turn = torch.tensor([4, 0, 2]), torch.tensor([True, False, True])
+    store.put(slots, tree)
+    drafted = tree.tokens[:, 1:].clone()
+    store.turn_into_chains(slots, drafted, turn)
+    expected = lay_out_chains(tree, turn)
+    assert torch.equal(drafted, expected.tokens[:, 1:])
+    assert not torch.equal(expected.parents, tree.parents)
+    for name in FIELDS:
+        assert torch.equal(getattr(store, name)[slots], getattr(expected, name)), name
 
 
 def test_padding_requests_touch_no_slot():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_msd.kernels import AcceptedPaths, accept
+from vllm_msd.tree.chains import lay_out_chains
 from vllm_msd.tree.path import path_index
 from vllm_msd.tree.record import DraftTree
 from vllm_msd.tree.relations import chain_parents
@@ -71,6 +72,20 @@ class TreeStore:
     def put_chain(self, slot: int) -> None:
         """Forget the tree of a slot: its next drafts are a chain."""
         self.put(slice(slot, slot + 1), self.chain)
+
+    def turn_into_chains(self, slots: Tensor, drafted: Tensor, as_chain: Tensor) -> None:
+        """Lay out some of the trees just put as chains of the same nodes, see `lay_out_chains`.
+
+        Args:
+            slots: ``[R]`` int64.
+            drafted: ``[R, T - 1]`` int64 their nodes' tokens, written in place.
+            as_chain: ``[R]`` bool, the requests to turn.
+        """
+        tokens = torch.nn.functional.pad(drafted, (1, 0))  # roots stay where they are
+        relations = (self.parents[slots], self.depths[slots], self.ancestors[slots])
+        tree = lay_out_chains(DraftTree(tokens, *relations), as_chain)
+        self.put(slots, tree)
+        drafted.copy_(tree.tokens[:, 1:])
 
     def shift(self, slots: Tensor, nodes: Tensor) -> Tensor:
         """Depth minus node number: how far positions lie from linear ones, 0 or less.

@@ -1,7 +1,8 @@
 """Model Runner V2: drafts a tree for each request instead of a chain.
 
 The draft's prefill is vLLM's own, on rows gathered along the accepted path. All levels after it are
-one CUDA graph for each number of requests, where the target decodes in graphs.
+one CUDA graph for each number of requests, where the target decodes in graphs. (The file is long
+for the signatures of the methods it overrides; what they share is one set of buffers.)
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from torch import nn
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.forward_context import BatchDescriptor, set_forward_context
-from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
@@ -31,12 +30,12 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import DraftPlace, LevelInputs
-from vllm_msd.kernels.top_k.api import PART_COLUMNS
-from vllm_msd.tree import DraftTree, TreeRows, lay_out_chains
-from vllm_msd.tree.fused import WHOLE, GrowthBuffers, Vocabulary, grow_tree_fused
+from vllm_msd.tree import TreeRows
+from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
 from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
 from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
+from vllm_msd.vllm_plugin.gpu.head import DraftHead
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 from vllm_msd.vllm_plugin.gpu.tree_graphs import TreeCudaGraphManager
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
@@ -83,7 +82,8 @@ class TreeSpeculator(ChainSpeculator):
                 "it. Leave tree_depth and tree_top_k out to draft chains."
             )
         target_model.get_model_state_cls = lambda: TreeModelState
-        columns, self.vocabulary = self._vocabulary()
+        self.head = DraftHead(self.model)
+        columns = self.head.columns
         k = self.shape.top_k
         level_bytes = k * columns * self.dtype.itemsize
         self.requests_at_once = max(
@@ -91,20 +91,6 @@ class TreeSpeculator(ChainSpeculator):
         )
         self.buffers = GrowthBuffers.allocate(
             self.shape, self.requests_at_once, columns, self.device
-        )
-
-    def _vocabulary(self) -> tuple[int, Vocabulary]:
-        """Columns of the head that this rank looks at, and what they stand for."""
-        ranks, columns = get_tensor_model_parallel_world_size(), self.model.vocab_size
-        head = self.model.lm_head
-        width = head.num_embeddings_per_partition
-        last = columns - (ranks - 1) * width
-        # Ranks exchange equally many parts; otherwise logits are gathered, as vLLM does.
-        if ranks == 1 or cdiv(last, PART_COLUMNS) != cdiv(width, PART_COLUMNS):
-            return columns, WHOLE
-        return head.shard_indices.num_org_elements, Vocabulary(
-            first_column=head.shard_indices.org_vocab_start_index,
-            gather=lambda parts: tensor_model_parallel_all_gather(parts, dim=1),
         )
 
     @override
@@ -216,7 +202,8 @@ class TreeSpeculator(ChainSpeculator):
         if not dummy_run:  # a dummy batch names the slots of real requests
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
-                self._turn_into_chains(slots, async_tensor_h2d(as_chain, device=self.device))
+                turn = async_tensor_h2d(as_chain, device=self.device)
+                self.model_state.store.turn_into_chains(slots, self.draft_tokens[:num_reqs], turn)
         return self.draft_tokens[:num_reqs]
 
     def _draft(
@@ -354,11 +341,11 @@ class TreeSpeculator(ChainSpeculator):
                 metadata = metadata_of(level)
                 attach(metadata, tree)
             hidden = self._run_level(len(ancestors), metadata, slot_mappings)
-            return self._logits(hidden), hidden
+            return self.head(hidden), hidden
 
         root_hidden = self.root_hidden[chosen]
         grow_tree_fused(
-            self._logits(root_hidden),
+            self.head(root_hidden),
             root_hidden,
             expand,
             self.buffers,
@@ -366,7 +353,7 @@ class TreeSpeculator(ChainSpeculator):
             place,
             (store.parents, store.depths, store.ancestors),
             self.draft_tokens[chosen],
-            self.vocabulary,
+            self.head.vocabulary,
         )
 
     def _run_level(
@@ -390,24 +377,3 @@ class TreeSpeculator(ChainSpeculator):
                 inputs_embeds=self.model.embed_drafted(self.input_buffers.input_ids[:num_rows]),
             )
         return hidden
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[rows, columns]`` of this rank's part of the head."""
-        if self.vocabulary.gather is None:
-            return self.compute_draft_logits(hidden, 0)
-        columns = self.model.lm_head.shard_indices.num_org_elements
-        return self.model.local_logits(hidden)[:, :columns]
-
-    def _turn_into_chains(self, slots: torch.Tensor, as_chain: torch.Tensor) -> None:
-        """Lay out some of the trees just drafted as chains.
-
-        Args:
-            slots: ``[R]`` int64, the batch's.
-            as_chain: ``[R]`` bool.
-        """
-        drafted, store = self.draft_tokens[: len(slots)], self.model_state.store
-        tokens = torch.nn.functional.pad(drafted, (1, 0))  # the roots stay where they are
-        relations = (r[slots] for r in (store.parents, store.depths, store.ancestors))
-        tree = lay_out_chains(DraftTree(tokens, *relations), as_chain)
-        store.put(slots, tree)
-        drafted.copy_(tree.tokens[:, 1:])
