@@ -30,6 +30,7 @@ from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import TreeAttentionWorkspace, tree_attention
 from vllm_msd.kernels.tree_attention.api import HEAD_SIZES
 from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
+from vllm_msd.vllm_plugin.gpu.backend import attends_over_paths
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.attention import replace_backend, trees_for
 
@@ -41,7 +42,8 @@ _CHAIN = "Draft a chain instead: set tree_top_k to 1."
 def register() -> None:
     """Put this backend in the place of vLLM's TRITON_ATTN, for engines made from now on.
 
-    On a CPU the place is that of the one backend there, see `backend.attends_over_paths`.
+    On a CPU the place is that of the one backend there, where TRITON_ATTN already stands in it (see
+    `backend.attends_over_paths`); the CPU's own stays.
 
     Call it in each worker process of an engine with trees, before the target is loaded: attention
     layers ask for the backend as they are built. Without trees on the metadata the backend does
@@ -53,13 +55,13 @@ def register() -> None:
     """
     check_overrides(TreeTritonAttentionImpl)
 
-    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+    on_cpu = current_platform.is_cpu() and not attends_over_paths()
+    if not (current_platform.is_cuda() or on_cpu):
         raise ConfigError(
             f"draft trees run on NVIDIA GPUs and on the CPU, not on {current_platform.device_name}."
             f" {_CHAIN}"
         )
-    place = "CPU_ATTN" if current_platform.is_cpu() else "TRITON_ATTN"
-    replace_backend(place, TreeTritonAttentionBackend)
+    replace_backend("CPU_ATTN" if on_cpu else "TRITON_ATTN", TreeTritonAttentionBackend)
 
 
 def check_backend(layers: Iterable[Any]) -> None:
