@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_msd.kernels import AcceptedPaths
+from vllm_msd.tree import tree_relations
 
 
 @contextmanager
@@ -48,11 +49,19 @@ def _star_masks(tree_rows: Any) -> Any:
 
 
 def _tokens_in_row_order(original: Any) -> Any:
-    """The accepted path is right, but its tokens are read from the first rows of the tree."""
+    """The accepted path is right, but its tokens are those of the tree's first nodes.
+
+    The first ones level by level: the nodes stand in order of path probability, in which the first
+    rows often are the path.
+    """
 
     def broken(drawn: Tensor, tokens: Tensor, parents: Tensor, row_start: Tensor) -> Any:
         right = original(drawn, tokens, parents, row_start)
-        rows = row_start[:-1, None].long() + torch.arange(parents.shape[1])
+        node = torch.arange(parents.shape[1])
+        depths = tree_relations(parents.long())[0]
+        is_real = node < row_start.diff()[:, None]
+        first = torch.where(is_real, depths, len(node)).sort(dim=1, stable=True).indices
+        rows = row_start[:-1, None].long() + first
         wrong = drawn.long()[rows.clamp(max=len(drawn) - 1)]
         return right._replace(tokens=torch.where(right.nodes >= 0, wrong, -1))
 

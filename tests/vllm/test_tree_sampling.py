@@ -12,7 +12,7 @@ from tests.common.wrong_rules import WRONG_TREE_RULES
 
 pytestmark = pytest.mark.long
 FALSE_ALARM = 1e-6
-DRAWS, CONTROL_DRAWS, SEED = 4_096, 3_072, 21
+DRAWS, CONTROL_DRAWS, SEED = 4_096, 8_192, 21
 SETTINGS = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_p": 0.95, "top_k": 6, "min_p": 0.02},
