@@ -59,6 +59,14 @@ def test_graphs_change_nothing(draft, speculator, graphs):
     assert min(replays(got, name) for name in ("target", "prefill", "decode")) > 0
 
 
+def test_requests_are_drafted_for_in_turn_where_not_all_fit():
+    """2,048 tokens in float32, four rows a request: room for two requests of up to six."""
+    at_once, in_turn = answers("tree"), answers("tree", logits_bytes=2 * 4 * 2048 * 4)
+    assert in_turn["ids"] == at_once["ids"]
+    assert in_turn["acceptance"] == at_once["acceptance"]
+    assert (at_once["requests_at_once"], in_turn["requests_at_once"]) == (6, 2)
+
+
 def test_launches_of_a_drafting_round():
     """At most 6 a level beside the draft's own layer, and 8 more in the whole graph."""
     depth, _ = DRAFTS["tree"]["tree"]

@@ -48,6 +48,7 @@ def graph_answers(
     bug: str | None = None,
     async_scheduling: bool = False,
     sampled: bool = False,
+    logits_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Answers, accepted counts and replays of an engine, under `engines.gpu_wiring` or not.
 
@@ -63,6 +64,7 @@ def graph_answers(
         bug: a function in `sabotage`, done to the runner once its graphs are captured.
         async_scheduling: schedule a step before the output of the one before is known.
         sampled: at temperature 1 with a seed each.
+        logits_bytes: room for the logits of a tree's level; the less, the fewer requests at once.
     """
     from vllm import SamplingParams
 
@@ -76,6 +78,10 @@ def graph_answers(
         )
         for i, request in enumerate(asked)
     ]
+    if logits_bytes is not None:
+        from vllm_msd.vllm_plugin.gpu import speculator
+
+        speculator.LOGITS_BYTES = logits_bytes  # of this process
     with forced_async_scheduling() if async_scheduling else nullcontext():
         engine = open_engine(target, draft, spec_tokens, tree=tree, **OPTIONS)
     model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -84,6 +90,7 @@ def graph_answers(
     outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
     return {
         "speculator": type(model_runner.speculator).__name__,
+        "requests_at_once": getattr(model_runner.speculator, "requests_at_once", None),
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
         "replays": replays(engine),
