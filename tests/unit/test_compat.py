@@ -218,7 +218,9 @@ def test_start_up_hook_sees_that_it_starts_in_a_checkout(tmp_path):
 
 
 def test_start_up_hook_is_installed_and_light():
-    files = [path.name for path in importlib.metadata.files("vllm-msd")]
+    # an editable install leaves an egg-info in the checkout, which pytest's path finds first
+    installed = importlib.metadata.distributions(name="vllm-msd")
+    files = [path.name for found in installed for path in found.files or ()]
     assert "vllm_msd_startup.pth" in files, "is the package installed?"
     program = "import sys; print('torch' in sys.modules)"
     command = [sys.executable, "-c", program]
