@@ -1,6 +1,7 @@
 # Everything sets itself up: a virtual environment, vLLM, this package. Later calls start at once.
 #   make demo                 the trained demo pair with and without MSD; writes demo/report.html
-#   make test                 all tests; TESTS=tests/unit for some of them, FAST=1 for short ones
+#   make test                 all tests; TESTS=tests/unit for some of them, FAST=1 for short ones,
+#                             WORKERS=1 for one after the other instead of one on each core
 #   make soak                 the tests' long forms: hours; SOAK_ARGS=--resume goes on with a run
 #   make lint                 ruff, and mypy over the rooms without vLLM
 #   make docs                 the pages of docs/ as a site, in build/site
@@ -12,6 +13,7 @@ DEVICE ?= cpu
 VENV ?= .venv
 TESTS ?= tests
 FAST ?=
+WORKERS ?= logical
 DEMO_ARGS ?=
 SOAK_ARGS ?=
 
@@ -26,7 +28,8 @@ demo: $(READY)
 	$(BIN)/vllm-msd demo run $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(TESTS) $(if $(FAST),-m "not long") --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(FAST),-m "not long") --durations=10 \
+		--numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.soak $(SOAK_ARGS)
