@@ -47,6 +47,17 @@ class TreeShape:
         """Nodes proposed, of which ``total_tokens - 1`` are kept."""
         return self.top_k + self.depth * self.top_k**2
 
+    def cut(self, num_nodes: int) -> "TreeShape":
+        """Of the first ``num_nodes`` drafted nodes (at least 1) of a tree of this shape.
+
+        `grow_tree` grows the very same nodes of it, in as few levels as they can need: all that
+        stand before a node are at least as probable, its ancestors among them, so of n nodes none
+        lies deeper than n.
+        """
+        return TreeShape(
+            min(num_nodes + 1, self.total_tokens), min(num_nodes - 1, self.depth), self.top_k
+        )
+
 
 class ExpandFn(Protocol):
     """Feeds one beam to the draft."""

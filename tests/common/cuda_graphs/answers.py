@@ -49,6 +49,8 @@ def graph_answers(
     async_scheduling: bool = False,
     sampled: bool = False,
     logits_bytes: int | None = None,
+    schedule: list[list[int]] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answers, accepted counts and replays of an engine, under `engines.gpu_wiring` or not.
 
@@ -65,6 +67,8 @@ def graph_answers(
         async_scheduling: schedule a step before the output of the one before is known.
         sampled: at temperature 1 with a seed each.
         logits_bytes: room for the logits of a tree's level; the less, the fewer requests at once.
+        schedule: drafted tokens by batch size, see `open_engine`.
+        options: of the engine, over `OPTIONS`.
     """
     from vllm import SamplingParams
 
@@ -79,11 +83,12 @@ def graph_answers(
         for i, request in enumerate(asked)
     ]
     if logits_bytes is not None:
-        from vllm_msd.vllm_plugin.gpu import speculator
+        from vllm_msd.vllm_plugin.configuration import tree_settings
 
-        speculator.LOGITS_BYTES = logits_bytes  # of this process
+        tree_settings.LOGITS_BYTES = logits_bytes  # of this process
+    settings = {**OPTIONS, **(options or {})}
     with forced_async_scheduling() if async_scheduling else nullcontext():
-        engine = open_engine(target, draft, spec_tokens, tree=tree, **OPTIONS)
+        engine = open_engine(target, draft, spec_tokens, tree=tree, schedule=schedule, **settings)
     model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     if bug is not None:
         getattr(sabotage, bug)(model_runner)

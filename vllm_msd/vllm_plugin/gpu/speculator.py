@@ -32,7 +32,7 @@ from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import DraftPlace, LevelInputs
 from vllm_msd.tree import TreeRows
 from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
-from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
+from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
 from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
 from vllm_msd.vllm_plugin.gpu.head import DraftHead
@@ -40,8 +40,6 @@ from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 from vllm_msd.vllm_plugin.gpu.tree_graphs import TreeCudaGraphManager
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.attention import attach
-
-LOGITS_BYTES = 128 << 20  # at most, of the logits of one level
 
 
 class TreeSpeculator(ChainSpeculator):
@@ -84,11 +82,7 @@ class TreeSpeculator(ChainSpeculator):
         target_model.get_model_state_cls = lambda: TreeModelState
         self.head = DraftHead(self.model)
         columns = self.head.columns
-        k = self.shape.top_k
-        level_bytes = k * columns * self.dtype.itemsize
-        self.requests_at_once = max(
-            1, min(self.max_num_reqs, self.max_num_tokens // k, LOGITS_BYTES // level_bytes)
-        )
+        self.requests_at_once = requests_at_once(self.vllm_config, columns, self.dtype.itemsize)
         self.buffers = GrowthBuffers.allocate(
             self.shape, self.requests_at_once, columns, self.device
         )
