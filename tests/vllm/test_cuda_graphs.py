@@ -15,6 +15,8 @@ from tests.common import tiny
 from tests.common.tree_mutations import SHOWS_IN_OUTPUT
 from tests.common.worker import run_worker
 from vllm_msd.demo.paths import demo_pair
+from vllm_msd.roofline.scratch import drafting_bytes
+from vllm_msd.tree import TreeConfig
 
 pytestmark = pytest.mark.long
 # Nodes by running requests.
@@ -89,10 +91,15 @@ def test_large_trees_under_the_limits_of_a_default_server(nodes, tree):
     got = run_worker(
         "graph_answers", "v2", wiring={}, target=str(demo_pair().target),
         draft=str(demo_pair().draft), requests=8, spec_tokens=nodes, tree=tree, options=limits,
+        profile=True,
     )  # fmt: skip
     assert got["ids"] == answers(None)["ids"]
     assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
     assert got["requests_at_once"] == 819
+    assert got["profiled_rows"] == 8192
+    shape = TreeConfig(nodes, *tree)
+    memory = drafting_bytes(1024, shape, 2048, hidden=256, max_tokens=8192, element_bytes=4)
+    assert got["memory"] == {kind: memory[kind] for kind in ("growth", "trees", "roots")}
 
 
 def test_launches_of_a_drafting_round():

@@ -11,8 +11,6 @@ from vllm_msd.tree.config import TreeConfig
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
-LOGITS_BYTES = 128 << 20  # at most, of the logits of one level
-
 
 def tree_config(vllm_config: VllmConfig) -> TreeConfig:
     """Size of the trees of an MSD engine; `is_chain` where it drafts chains."""
@@ -35,19 +33,11 @@ def wants_trees(vllm_config: VllmConfig) -> bool:
 
 
 def requests_at_once(vllm_config: VllmConfig, columns: int, element_bytes: int) -> int:
-    """For how many requests a level of trees is drafted at once; more are drafted for in turn.
-
-    A level's rows have to fit the draft's buffers, which hold one step's rows, and its logits are
-    kept to `LOGITS_BYTES`.
-
-    Args:
-        columns: of the logits, on this device.
-        element_bytes: of a logit.
-    """
-    scheduler, top_k = vllm_config.scheduler_config, tree_config(vllm_config).top_k
-    by_rows = scheduler.max_num_batched_tokens // top_k
-    by_logits = LOGITS_BYTES // (top_k * columns * element_bytes)
-    return max(1, min(scheduler.max_num_seqs, by_rows, by_logits))
+    """For how many requests an engine drafts at once, see `TreeShape.requests_at_once`."""
+    scheduler = vllm_config.scheduler_config
+    return tree_config(vllm_config).shape.requests_at_once(
+        scheduler.max_num_seqs, scheduler.max_num_batched_tokens, columns, element_bytes
+    )
 
 
 def wrap_num_lookahead_tokens(original: Callable[[Any], int]) -> Callable[[Any], int]:

@@ -30,6 +30,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import DraftPlace, LevelInputs
+from vllm_msd.roofline.scratch import float_rows, verification_rows
 from vllm_msd.tree import TreeRows
 from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
 from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
@@ -80,6 +81,7 @@ class TreeSpeculator(ChainSpeculator):
                 "it. Leave tree_depth and tree_top_k out to draft chains."
             )
         target_model.get_model_state_cls = lambda: TreeModelState
+        self.target_logits = target_model.compute_logits
         self.head = DraftHead(self.model)
         columns = self.head.columns
         self.requests_at_once = requests_at_once(self.vllm_config, columns, self.dtype.itemsize)
@@ -193,12 +195,27 @@ class TreeSpeculator(ChainSpeculator):
             with_attention=not (dummy_run and skip_attn_for_dummy_run),
             eager=is_profile,
         )
+        if is_profile:
+            self._profile_verification(last_hidden_states)
         if not dummy_run:  # a dummy batch names the slots of real requests
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
                 turn = async_tensor_h2d(as_chain, device=self.device)
                 self.model_state.store.turn_into_chains(slots, self.draft_tokens[:num_reqs], turn)
         return self.draft_tokens[:num_reqs]
+
+    def _profile_verification(self, hidden: torch.Tensor) -> None:
+        """Take the memory of the largest verification's logits, for vLLM's profile to see.
+
+        vLLM's own dummy step has one row of logits a request.
+
+        Args:
+            hidden: ``[rows, H]`` the target's, of as many rows as a step has at most.
+        """
+        nodes = self.num_speculative_steps
+        rows = verification_rows(self.max_num_reqs, nodes, len(hidden))
+        logits = self.target_logits(hidden[:rows])
+        logits[: float_rows(rows, nodes, logits.shape[1])].float()
 
     def _draft(
         self, num_reqs: int, seq_lens_cpu: torch.Tensor, with_attention: bool, eager: bool
