@@ -157,19 +157,26 @@ def _figures(prediction: Prediction, seconds: float, plain: float) -> dict[str, 
 
 def scratch_rows(args, model: str) -> list[dict[str, Any]]:
     """Bytes of drafting and verification at `SCRATCH_REQUESTS`, for each arm that drafts."""
-    vocab = SHAPES[model].vocab
-    rows = []
-    for arm in SPECULATING:
-        row = {"model": model, "drafted": arm.name, "requests": SCRATCH_REQUESTS, "vocab": vocab}
-        for name, fused in (("drafting", False), ("drafting_fused", True)):
-            row[name] = drafting_bytes(
-                SCRATCH_REQUESTS, arm.drafting, args.draft_vocab or vocab, fused=fused
-            )
-        row["verification_logits"] = verification_bytes(
-            SCRATCH_REQUESTS, arm.rows - 1, vocab, max_tokens=SCRATCH_TOKENS
-        )
-        rows.append(row)
-    return rows
+    shape = SHAPES[model]
+    limits = {"requests": SCRATCH_REQUESTS, "max_tokens": SCRATCH_TOKENS}
+    return [
+        {
+            "model": model,
+            "drafted": arm.name,
+            **limits,
+            "vocab": shape.vocab,
+            "drafting": drafting_bytes(
+                tree=arm.drafting,
+                vocab=args.draft_vocab or shape.vocab,
+                hidden=shape.hidden,
+                **limits,
+            ),
+            "verification_logits": verification_bytes(
+                nodes=arm.rows - 1, vocab=shape.vocab, **limits
+            ),
+        }
+        for arm in SPECULATING
+    ]
 
 
 def as_text(result: dict[str, Any], stages: list[str]) -> str:
@@ -206,12 +213,12 @@ def scratch_text(rows: list[dict[str, Any]]) -> str:
     lines = [
         "",
         f"Memory in GB with {SCRATCH_REQUESTS} requests, {SCRATCH_TOKENS} tokens a step",
-        f"{'model':<15}{'drafted':<10}{'drafting':>10}{'fused':>10}{'verification logits':>22}",
+        f"{'model':<15}{'drafted':<10}{'drafting':>10}{'verification logits':>22}",
     ]
     for row in rows:
-        drafting, fused = (sum(row[k].values()) / 1e9 for k in ("drafting", "drafting_fused"))
+        drafting = sum(row["drafting"].values()) / 1e9
         lines.append(
-            f"{row['model']:<15}{row['drafted']:<10}{drafting:>10.2f}{fused:>10.2f}"
+            f"{row['model']:<15}{row['drafted']:<10}{drafting:>10.3f}"
             f"{row['verification_logits'] / 1e9:>22.2f}"
         )
     return "\n".join(lines)

@@ -19,6 +19,7 @@ def open_engine(
     spec_tokens: int = 5,
     draft_sample_method: str = "greedy",
     tree: tuple[int, int] | None = None,
+    schedule: list[list[int]] | None = None,
     **options: Any,
 ) -> Any:
     """An in-process fp32 ``vllm.LLM``, small enough that chunked prefill and mixed steps happen.
@@ -29,6 +30,7 @@ def open_engine(
         spec_tokens: drafted tokens of a chain, or nodes of a tree.
         draft_sample_method: ``greedy`` or ``probabilistic``.
         tree: depth and width; None for a chain.
+        schedule: drafted tokens by batch size, vLLM's ``num_speculative_tokens_per_batch_size``.
         options: further engine arguments, or other values of those set here.
     """
     from vllm import LLM
@@ -54,6 +56,8 @@ def open_engine(
         if tree is not None:
             depth, top_k = tree
             settings["speculative_config"] |= {"tree_depth": depth, "tree_top_k": top_k}
+        if schedule is not None:
+            settings["speculative_config"]["num_speculative_tokens_per_batch_size"] = schedule
     settings |= options
     if CUDAGRAPH_MODE is not None:
         settings |= _with_graphs(CUDAGRAPH_MODE, 1 + (spec_tokens if draft else 0), **settings)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 from tests.common import workload
 from tests.common.chain_identity import (
@@ -141,6 +142,8 @@ def tree_identity(
     draft: str,
     cases: list[str],
     mutations: dict[str, str] | None = None,
+    schedule: list[list[int]] | None = None,
+    requests_at_once: int | None = None,
 ) -> dict[str, Any]:
     """Run cases without speculation and with trees; then some with the plugin broken.
 
@@ -150,22 +153,35 @@ def tree_identity(
         target, draft: its folders.
         cases: names in ``ALL_CASES``.
         mutations: names in ``tree_mutations``, and for each the case (among ``cases``) to run.
+        schedule: nodes by batch size, see `open_engine`.
+        requests_at_once: run the first case once more, drafting for so many requests at a time.
 
     Returns:
-        `chain_identity.check_case` and `tree_mutations.Seen` for each case under ``cases``; under
+        `chain_identity.check_case` and `tree_mutations.Seen` for each case under ``cases``, and for
+        the first one drafted in turn under ``in_turn``; under
         ``mutations`` whether the case still gave the same, or the error that it ended with; the
         blocks still in use at the end.
     """
     started = time.perf_counter()
     chosen = {name: ALL_CASES[name] for name in cases}
     expected, shared = answers_of_plain_engine(target, kind, runner, chosen)
-    engine = open_engine(target, draft, NODES, tree=(DEPTH, TOP_K), **engine_options(kind))
+    engine = open_engine(
+        target, draft, NODES, tree=(DEPTH, TOP_K), schedule=schedule, **engine_options(kind)
+    )
     require_runner(engine, runner)
-    results, broken = {}, {}
+    broken, in_turn = {}, None
     with watched_acceptance() as seen:
-        for name, case in chosen.items():
+
+        def checked(name: str) -> dict[str, Any]:
             run = Run(engine, kind, shared[name])
-            results[name] = {**check_case(run, case, expected[name]), **seen.report()}
+            return {**check_case(run, chosen[name], expected[name]), **seen.report()}
+
+        results = {name: checked(name) for name in chosen}
+        if requests_at_once is not None:
+            engine.reset_prefix_cache()
+            drafter = engine.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+            with mock.patch.object(drafter, "requests_at_once", requests_at_once):
+                in_turn = checked(cases[0])
     used_blocks = workload.used_blocks(engine)
     total = counted(acceptance(engine))
     for mutation, name in (mutations or {}).items():
@@ -176,6 +192,7 @@ def tree_identity(
             )
     return {
         "cases": results,
+        "in_turn": in_turn,
         "mutations": broken,
         "total": total,
         "replays": replays(engine),

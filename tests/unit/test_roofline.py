@@ -8,12 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.roofline import launches, scratch
 from vllm_msd.roofline.shapes import DEVICES, SHAPES, device_named, free_rows
 from vllm_msd.roofline.step import ARMS, attention, draft_pass, predict, verification
+from vllm_msd.tree import GrowthBuffers, TreeStore
 from vllm_msd.tree.config import TreeConfig
+from vllm_msd.tree.grow import LOGITS_BYTES
 
 ROOT = Path(__file__).parents[2]
 H100, H200 = DEVICES["h100"], DEVICES["h200"]
@@ -167,27 +170,55 @@ def test_a_wrong_file_of_launches_is_refused(tmp_path, text):
         launches.read(tmp_path / "absent.json")
 
 
-def test_scratch_at_1024_sequences():
-    tree = TreeConfig(24, 5, 4)
-    large = scratch.drafting_bytes(1024, tree, 152_064, fused=False)
-    assert large["logits"] == pytest.approx(6.2e9, rel=0.01)
-    assert large["candidates"] == 1024 * (4 + 4 * 16) * 20
-    assert large["masks"] == 1024 * 4 * 8
-    fused = scratch.drafting_bytes(1024, tree, 152_064, fused=True)
-    assert fused["logits"] * 5 == large["logits"]
-    assert scratch.drafting_bytes(1024, TreeConfig(5, 5, 1), 32_064, fused=True) == {
-        "candidates": 1024 * 5 * 20, "masks": 1024 * 8, "logits": 1024 * 32_064 * 2,
-    }  # fmt: skip
+LIMITS = {"requests": 1024, "max_tokens": 8192}  # of a default server on an 80 GB device
+LARGE_TREES = [TreeConfig(24, 5, 4), TreeConfig(30, 5, 10), TreeConfig(60, 6, 10)]
+
+
+@pytest.mark.parametrize("vocab", [32_064, 152_064])
+@pytest.mark.parametrize("tree", LARGE_TREES, ids=str)
+def test_scratch_is_what_the_engine_allocates(tree, vocab):
+    found = scratch.drafting_bytes(tree=tree, vocab=vocab, hidden=4096, **LIMITS)
+    at_once = tree.shape.requests_at_once(1024, 8192, vocab, 2)
+    buffers = GrowthBuffers.allocate(tree.shape, at_once, vocab, torch.device("meta"))
+    tensors = (buffers.parts, *buffers.best, *buffers.candidates, *buffers.beams)
+    assert found["growth"] == sum(t.nbytes for t in tensors)
+    store = TreeStore(1024, 8192, tree.num_nodes + 1, "meta")
+    assert found["trees"] == sum(t.nbytes for t in (store.parents, store.depths, store.ancestors))
+    assert found["roots"] == 1024 * (4096 * 2 + 8)
+    assert found["logits"] == at_once * tree.top_k * vocab * 2 <= LOGITS_BYTES
+    assert sum(found.values()) < 256e6
+    # One request more would not fit: the limit is used.
+    assert at_once == 819 or (at_once + 1) * tree.top_k * vocab * 2 > LOGITS_BYTES
+
+
+def test_scratch_of_chains_is_the_logits_of_all():
+    chain = TreeConfig(5, 5, 1)
+    found = scratch.drafting_bytes(tree=chain, vocab=32_064, hidden=4096, **LIMITS)
+    assert found == {"logits": 1024 * 32_064 * 2}
 
 
 def test_verification_logits_at_1024_sequences():
-    rows = 1024 * 25
-    assert scratch.verification_bytes(1024, 24, 32_064) == rows * 32_064 * 2 + 2**30
+    rows, floats = 1024 * 25, 2**30 // (32_064 * 4) * 32_064 * 4
+    assert scratch.verification_bytes(1024, 24, 32_064) == rows * 32_064 * 2 + floats
+    assert 2**30 - 32_064 * 4 < floats <= 2**30
     assert scratch.verification_bytes(1, 24, 152_064) == 25 * 152_064 * 6
     # 8192 rows in float32 are less than 1 GiB, of 152k words they are not.
     step = {vocab: scratch.verification_bytes(1024, 24, vocab, max_tokens=8192)
             for vocab in (32_064, 152_064)}  # fmt: skip
-    assert step == {32_064: 8192 * 32_064 * 6, 152_064: 8192 * 152_064 * 2 + 2**30}
+    assert step == {32_064: 8192 * 32_064 * 6, 152_064: 152_064 * (8192 * 2 + 1765 * 4)}
+    assert scratch.float_rows(8192, 2000, 152_064) == 2001  # one request is never split
+
+
+def test_the_page_states_the_scratch():
+    """docs/kernels.md, in MB: of what drafting holds, and of the verified logits."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for tree in LARGE_TREES:
+        cells = [f"{tree.num_nodes} nodes, depth {tree.depth}, top-k {tree.top_k}"]
+        for vocab in (32_064, 152_064):
+            drafting = scratch.drafting_bytes(tree=tree, vocab=vocab, hidden=4096, **LIMITS)
+            logits = scratch.verification_bytes(nodes=tree.num_nodes, vocab=vocab, **LIMITS)
+            cells += [f"{sum(drafting.values()) / 1e6:.0f}", f"{logits / 1e6:.0f}"]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +258,9 @@ def test_script_writes_what_it_prints(script, monkeypatch, capsys, tmp_path):
     assert tree["fused"]["in_turn"]["speedup"] == pytest.approx(4.4 * base / slow, abs=1e-3)
     assert tree["eager"]["in_turn"]["ms"] > tree["fused"]["in_turn"]["ms"]
     assert f"{tree['gpu_alone']['ms']:.2f} ms" in text
-    assert result["scratch"][1]["drafting"]["logits"] == 1024 * 4 * 32_064 * 10
+    assert result["scratch"][1]["drafting"]["logits"] == LOGITS_BYTES // (4 * 32_064 * 2) * (
+        4 * 32_064 * 2
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

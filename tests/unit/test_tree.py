@@ -142,6 +142,40 @@ def test_every_prefix_is_the_most_probable_tree_of_its_size(seed):
     torch.testing.assert_close(scores.cumsum(0), highest[:13].cumsum(0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cut_tree_is_the_beginning_of_the_whole_one(layout):
+    """In as few levels as it can need; for every size, of three requests at once."""
+    draft = small_draft(layout, seed=6).double()
+    head = torch.randn(40, 32, dtype=torch.double) * 2
+    x = torch.randn(2, 3, 5, 32, dtype=torch.double)
+    visual = torch.zeros(3, 5, dtype=torch.bool)
+    roots = torch.tensor([4, 8, 15])
+    with torch.no_grad():
+        cache = DraftCache()
+        last = draft(*x, visual, torch.arange(5).expand(3, 5), cache=cache)[:, -1]
+        levels = []
+
+        def grown(shape):
+            calls = []
+
+            def feed(hidden):
+                calls.append(hidden.shape)
+                return hidden @ head.T
+
+            tree = draft_tree(draft, cache, last, roots, draft.embed_tokens, feed, shape)
+            levels.append(len(calls) - 1)  # the first call is the root's
+            return tree
+
+        whole = grown(SHAPE)
+        assert int(whole.depths.max()) > 2
+        for nodes in range(1, SHAPE.total_tokens):
+            cut = grown(SHAPE.cut(nodes))
+            for name in ("tokens", "parents", "depths"):
+                assert torch.equal(getattr(cut, name), getattr(whole, name)[:, : nodes + 1]), name
+    assert levels == [3, 0, 1, 2, *[3] * 8]
+    assert SHAPE.cut(40) == SHAPE
+
+
 def test_certain_tokens_do_not_lose_their_parents():
     """A chain of probability one: every node of it scores the same."""
     logits = torch.tensor([[0.0, -200.0, -300.0]])
@@ -210,7 +244,7 @@ def test_gathering_along_the_path_is_a_compaction(seed):
         (24, 5, None, "tree_top_k"),
         (24, None, 4, "tree_depth"),
         (64, 5, 8, "at most 63"),
-        (24, 8, 4, "tree_depth of at most 7"),
+        (24, 18, 4, "draft 68 rows .* tree_depth of at most 17 or a tree_top_k of at most 3"),
         (24, 2, 4, "only 20 nodes"),
         (5, 4, 1, "leave tree_depth out"),
         (24, 0, 4, "from 1 on"),
@@ -230,6 +264,10 @@ def test_possible_sizes():
     tree = TreeConfig.from_settings(24, 5, 6)
     assert not tree.is_chain
     assert tree.shape == TreeShape(total_tokens=25, depth=4, top_k=6)
+    assert tree.draft_rows == 24
+    assert TreeConfig(30, 5, 10).draft_rows == 40  # more than it has nodes
+    assert TreeConfig(60, 6, 10).draft_rows == 50
+    assert TreeConfig(24, 17, 4).draft_rows == 64
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,6 +10,7 @@ process of its own, where the same calls take the kernels.
 
 import importlib
 import importlib.util
+import weakref
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,29 @@ def test_beam_step_equals_its_twin(k, depth):
             assert (slots_written[1] == -1).all() and (slots_written[0] != -7).all()
         else:
             assert all(map(torch.equal, written[3:], before[3:])), "the last step feeds nobody"
+
+
+def test_one_levels_logits_at_a_time():
+    """The largest tensors of a round: those of a level are gone before the next one's are made."""
+    batch = GrowthBatch.make(ToyDraft(40, seed=1), TreeShape(12, depth=3, top_k=3), [1, 0])
+    inputs, made, still = batch.inputs(), [], []
+    feed = batch.expand_paged(inputs)
+
+    def noted(logits):
+        made.append(weakref.ref(logits))
+        return logits
+
+    def expand(*args):
+        still.append(sum(logits() is not None for logits in made))
+        logits, hidden = feed(*args)
+        return noted(logits), hidden
+
+    drafts = torch.zeros(2, 11, dtype=torch.int64)
+    grow_tree_fused(
+        noted(batch.draft.logits(batch.root_hidden)), batch.root_hidden, expand, batch.buffers(),
+        inputs, batch.place, batch.relations(), drafts,
+    )  # fmt: skip
+    assert still == [0, 0, 0] and len(made) == 4
 
 
 @pytest.mark.parametrize("level", [0, 1, 3])

@@ -56,6 +56,20 @@ def test_slots_start_with_chains_and_keep_what_is_put():
     assert not torch.equal(store.parents[1], store.parents[4])
 
 
+def test_a_smaller_tree_takes_the_place_of_a_larger_ones_first_nodes():
+    store = TreeStore(SLOTS, ROWS, NODES)
+    large, _ = forest([NODES], seed=1)
+    store.put(slice(2, 3), large)
+    small = DraftTree.from_parents(
+        torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[-1, 0, 0, 2]])
+    )
+    store.put(slice(2, 3), small)
+    for name in FIELDS:
+        kept = getattr(store, name)[2]
+        assert torch.equal(kept[:4], getattr(small, name)[0]), name
+        assert torch.equal(kept[4:], getattr(large, name)[0, 4:]), name
+
+
 def test_some_trees_become_chains_of_their_nodes():
     store = TreeStore(SLOTS, ROWS, NODES)
     tree, _ = forest([NODES] * 3, seed=3)

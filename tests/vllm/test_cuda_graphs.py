@@ -15,11 +15,16 @@ from tests.common import tiny
 from tests.common.tree_mutations import SHOWS_IN_OUTPUT
 from tests.common.worker import run_worker
 from vllm_msd.demo.paths import demo_pair
+from vllm_msd.roofline.scratch import drafting_bytes
+from vllm_msd.tree import TreeConfig
 
 pytestmark = pytest.mark.long
+# Nodes by running requests.
+SCHEDULE = ((1, 1, 16), (2, 2, 7), (3, 3, 0), (4, 4, 3), (5, 6, 2))
 DRAFTS = {
     "chain": {"spec_tokens": 5},
     "tree": {"spec_tokens": 16, "tree": (5, 4)},
+    "schedule": {"spec_tokens": 16, "tree": (5, 4), "schedule": SCHEDULE},
 }
 DECODING = "FULL_DECODE_ONLY"
 CASES = [
@@ -65,6 +70,36 @@ def test_requests_are_drafted_for_in_turn_where_not_all_fit():
     assert in_turn["ids"] == at_once["ids"]
     assert in_turn["acceptance"] == at_once["acceptance"]
     assert (at_once["requests_at_once"], in_turn["requests_at_once"]) == (6, 2)
+
+
+@pytest.mark.parametrize("scheduling", [False, True], ids=["sync", "async"])
+def test_trees_by_a_schedule(scheduling):
+    """Of other sizes in nearly every step, as requests come and go."""
+    eager, got = (answers("schedule", g, async_scheduling=scheduling) for g in (None, DECODING))
+    assert got["ids"] == eager["ids"] == answers(None)["ids"]
+    assert got["acceptance"] == eager["acceptance"] != answers("tree")["acceptance"]
+    assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
+    rows = {int(size.split()[2]) // int(size.split()[0]) for size in got["replays"]["target"]}
+    assert rows == {nodes + 1 for *_, nodes in SCHEDULE}
+    assert sum(n > 0 for n in got["replays"]["decode"].values()) > 2
+
+
+@pytest.mark.parametrize(("nodes", "tree"), [(60, (6, 10)), (30, (5, 10))], ids=str)
+def test_large_trees_under_the_limits_of_a_default_server(nodes, tree):
+    """1,024 requests of 8,192 rows, as on a device of 80 GB: one level of all would be 10,240."""
+    limits = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
+    got = run_worker(
+        "graph_answers", "v2", wiring={}, target=str(demo_pair().target),
+        draft=str(demo_pair().draft), requests=8, spec_tokens=nodes, tree=tree, options=limits,
+        profile=True,
+    )  # fmt: skip
+    assert got["ids"] == answers(None)["ids"]
+    assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
+    assert got["requests_at_once"] == 819
+    assert got["profiled_rows"] == 8192
+    shape = TreeConfig(nodes, *tree)
+    memory = drafting_bytes(1024, shape, 2048, hidden=256, max_tokens=8192, element_bytes=4)
+    assert got["memory"] == {kind: memory[kind] for kind in ("growth", "trees", "roots")}
 
 
 def test_launches_of_a_drafting_round():

@@ -45,6 +45,10 @@ def fake_vllm(monkeypatch):
         def build(value):
             return value
 
+        @property
+        def size(self):
+            return 3
+
     module.function, module.Thing = function, Thing
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
@@ -129,7 +133,7 @@ def _replaced_in_vllm() -> set[str]:
                 found.add(_patch_target(value) or f"{name}:{attribute}")
             elif inspect.isclass(value) and value.__module__ == name:
                 for member, stored in list(vars(value).items()):
-                    inner = getattr(stored, "__func__", stored)
+                    inner = patching._unwrap(stored)
                     if _ours(inner):
                         found.add(_patch_target(inner) or f"{name}:{attribute}.{member}")
     return found
@@ -153,6 +157,9 @@ def test_replacement_keeps_kind_and_original(fake_vllm):
     apply(record("Thing.build", ("value",)))
     assert isinstance(vars(fake_vllm.Thing)["build"], staticmethod)
     assert fake_vllm.Thing.build(4) == 8
+    apply(record("Thing.size", ("self",)))
+    assert isinstance(vars(fake_vllm.Thing)["size"], property)
+    assert fake_vllm.Thing(None).size == 6
 
 
 def test_class_target_is_checked_by_its_constructor(fake_vllm):

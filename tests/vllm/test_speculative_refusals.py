@@ -13,6 +13,10 @@ from vllm_msd.vllm_plugin.configuration import guards
 pytestmark = pytest.mark.usefixtures("registered")
 
 
+def by_batch_size(*schedule):
+    return {"num_speculative_tokens_per_batch_size": list(schedule)}
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -21,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("registered")
         ({"tree_depth": 4}, "tree_depth: got 4 without tree_top_k"),
         ({"tree_top_k": 4}, "tree_top_k: got 4 without tree_depth"),
         ({"tree_dept": 4}, "Did you mean 'tree_depth'"),
-        (tree(24, 8, 4), "tree_depth of at most 7"),
+        (tree(24, 18, 4), "tree_depth of at most 17"),
         (tree(64, 5, 8), "at most 63 with a tree"),
         (tree(12, 3, 3) | {"draft_sample_method": "probabilistic"}, "Only 'greedy' does"),
         (tree(12, 3, 3) | {"rejection_sample_method": "block"}, "Only 'standard' does"),
@@ -34,6 +38,11 @@ pytestmark = pytest.mark.usefixtures("registered")
         ({"num_speculative_tokens": "5"}, "got '5', expected a whole number"),
         ({"num_speculative_tokens": True}, "got True, expected a whole number"),
         ({"draft_tensor_parallel_size": 2}, "split over 1 ranks"),
+        ({"num_speculative_tokens_per_batch_size": []}, "expected a list of .* not be empty"),
+        (by_batch_size([2, 4, 3]), "Batch sizes start at 1 .* must start at 1"),
+        (by_batch_size([1, 4, 3], [4, 9, 2]), "non-overlapping"),
+        (by_batch_size([1, 4, "many"]), "expected a list of"),
+        (by_batch_size([1, 4, 13]) | tree(12, 3, 3), "got 13 drafted tokens, expected at most"),
     ],
     ids=str,
 )
@@ -65,8 +74,7 @@ def test_engines_that_do_not_work(pair, engine, message):
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"max_num_batched_tokens": 12, "max_num_seqs": 1}, "at least 13 .*the rows of one tree"),
-        ({"max_num_batched_tokens": 40, "max_num_seqs": 14}, "at least 42 .*one level"),
+        ({"max_num_batched_tokens": 12, "max_num_seqs": 1}, "at least 13 .*its nodes, or the rows"),
         ({"enable_dbo": True}, "enable_dbo does not work with a draft tree"),
         ({"logits_processors": ["a:b"]}, "logits_processors does not work with a draft tree"),
         ({"data_parallel_size": 2}, "data_parallel_size=2 does not work with a draft tree"),
@@ -77,6 +85,12 @@ def test_engines_that_do_not_work(pair, engine, message):
 def test_engines_that_do_not_work_with_trees(pair, engine, message):
     with pytest.raises(ConfigError, match=message):
         configure(pair.target, msd(pair, **tree(12, 3, 3)), **engine)
+
+
+def test_fewer_tokens_than_the_rows_that_draft(pair):
+    """More than the nodes that are kept: four levels of ten."""
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=40: expected at least 41"):
+        configure(pair.target, msd(pair, **tree(30, 5, 10)), max_num_batched_tokens=40)
 
 
 def test_fewer_tokens_than_the_context(pair):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from vllm import SamplingParams
+from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -90,6 +91,81 @@ def test_attention_backend_of_trees_on_a_gpu(pair, monkeypatch):
     ):
         with pytest.raises(ConfigError, match="got FLASH_ATTN, but draft trees on a GPU need"):
             backend(request, **engine)
+
+
+@pytest.mark.parametrize("sizes", [(60, 6, 10), (30, 5, 10)], ids=str)
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 1024, "max_num_batched_tokens": 8192}, {}])
+def test_large_trees_under_the_limits_of_a_default_server(pair, sizes, limits):
+    """Those of an 80 GB device, and whatever vLLM fills in by itself."""
+    engine = EngineArgs(
+        model=pair.target, speculative_config=msd(pair, **tree(*sizes)), max_model_len=512, **limits
+    )
+    config = engine.create_engine_config()
+    assert tree_of(config.speculative_config) == sizes
+    nodes, depth, top_k = sizes
+    assert config.num_lookahead_tokens == max(nodes, (depth - 1) * top_k)
+    requests = settings.requests_at_once(config, columns=152_064, element_bytes=2)
+    assert requests == (128 << 20) // (top_k * 152_064 * 2) == 44
+    of_rows = settings.requests_at_once(config, columns=1, element_bytes=2)
+    scheduler = config.scheduler_config
+    assert of_rows == min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens // top_k)
+    chain = configure_all(pair, num_speculative_tokens=5)
+    assert chain.num_lookahead_tokens == 5
+
+
+def configure_all(pair, **keys):
+    return EngineArgs(
+        model=pair.target, speculative_config=msd(pair, **keys), max_model_len=512
+    ).create_engine_config()
+
+
+def with_graphs(pair, keys, seqs=1024, **compilation):
+    """The engine's config as on a device with CUDA graphs, whose sizes a CPU throws away."""
+    config = configure_all(pair, **keys)
+    config.scheduler_config.max_num_seqs = seqs
+    config.scheduler_config.max_num_batched_tokens = 8192
+    graphs = config.compilation_config
+    graphs.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    graphs.cudagraph_capture_sizes = compilation.get("sizes")
+    graphs.max_cudagraph_capture_size = compilation.get("largest")
+    config._set_cudagraph_sizes()
+    return config
+
+
+def test_capture_sizes_follow_the_tree(pair):
+    config = with_graphs(pair, tree(60, 6, 10))
+    sizes = config.compilation_config.cudagraph_capture_sizes
+    chain = with_graphs(pair, {"num_speculative_tokens": 60})
+    assert set(chain.compilation_config.cudagraph_capture_sizes) < set(sizes)
+    assert {61 * n for n in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)} <= set(sizes)
+    assert sizes[-1] == config.compilation_config.max_cudagraph_capture_size == 61 * 32
+    few = with_graphs(pair, tree(24, 5, 6), seqs=6).compilation_config.cudagraph_capture_sizes
+    assert {25 * n for n in range(1, 7)} <= set(few)
+    assert few[-1] < 25 * 6 * 2  # vLLM's own: room for twice as many rows, in steps of 16
+
+
+def test_capture_sizes_follow_every_size_of_a_schedule(pair):
+    schedule = {"num_speculative_tokens_per_batch_size": [[1, 4, 24], [5, 16, 7], [17, 64, 0]]}
+    sizes = with_graphs(pair, tree(24, 5, 6) | schedule, seqs=64).compilation_config
+    sizes = set(sizes.cudagraph_capture_sizes)
+    assert {25, 50, 75, 100, *(8 * n for n in (1, 2, 5, 8, 10, 12, 16)), 64} <= sizes
+
+
+def test_capture_sizes_of_the_user_stay(pair):
+    given = with_graphs(pair, tree(24, 5, 6), sizes=[1, 25, 100]).compilation_config
+    assert given.cudagraph_capture_sizes == [1, 25, 100]
+    largest = with_graphs(pair, tree(24, 5, 6), largest=64).compilation_config
+    assert max(largest.cudagraph_capture_sizes) == largest.max_cudagraph_capture_size == 64
+
+
+def test_schedule_of_nodes_by_batch_size(pair):
+    schedule = [(1, 2, 12), (3, 4, 5), (5, 8, 0)]
+    config = configure(
+        pair.target,
+        msd(pair, **tree(12, 4, 3), num_speculative_tokens_per_batch_size=schedule),
+    )
+    assert config.num_speculative_tokens_per_batch_size == schedule
+    assert tree_of(config) == (12, 4, 3)
 
 
 def test_min_p_and_logit_bias_only_with_trees(pair):

@@ -99,6 +99,51 @@ def test_mutations_are_noticed(reports, kind, runner, mutation):
     assert not reports(kind, runner)["mutations"][mutation]["same"]
 
 
+# By 1 to 6 running requests; by none the draft still reads along. As many rows as fit in a step.
+SCHEDULE = [[1, 2, 12], [3, 3, 5], [4, 4, 0], [5, 5, 2], [6, 6, 4]]
+SCHEDULED_CASES = ["mixed_batch", "constrained_beside_free", "aborts_and_arrivals"]
+
+
+@pytest.fixture(scope="module")
+def scheduled(tmp_path_factory):
+    pair = tiny.build_pair(tmp_path_factory.mktemp("scheduled"), "llava", decoys=2)
+    return run_worker(
+        "tree",
+        "v1",
+        kind="llava",
+        target=pair.target,
+        draft=pair.draft,
+        cases=SCHEDULED_CASES,
+        mutations={"mask": "mixed_batch", "settle": "mixed_batch"},
+        schedule=SCHEDULE,
+        requests_at_once=2,
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULED_CASES)
+def test_same_tokens_by_a_schedule(scheduled, name):
+    case = scheduled["cases"][name]
+    assert case["same"], case["first_difference"]
+    assert case["accepted"] > 0 and case["rejected"] > 0
+    # The root alone, and every size of the schedule that this many requests come to.
+    assert {"1", "3", "5", "6"} <= set(case["tree_sizes"])
+
+
+def test_a_schedule_cuts_trees_and_not_only_chains(scheduled):
+    assert sum(case["other_children"] for case in scheduled["cases"].values()) > 0
+
+
+def test_requests_are_drafted_for_in_turn(scheduled):
+    """Two at a time: the same tokens, and the very same trees."""
+    at_once, in_turn = scheduled["cases"][SCHEDULED_CASES[0]], scheduled["in_turn"]
+    for count in ("same", "steps", "drafted", "accepted", "other_children", "tree_sizes"):
+        assert in_turn[count] == at_once[count], count
+
+
+def test_a_broken_step_of_a_schedule_is_noticed(scheduled):
+    assert [m["same"] for m in scheduled["mutations"].values()] == [False, False]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_random_workload(tmp_path, runner):

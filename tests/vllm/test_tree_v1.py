@@ -276,23 +276,6 @@ def test_trees_on_another_device_need_the_other_runner(monkeypatch):
         pass
 
 
-def test_levels_larger_than_the_buffers_are_refused():
-    from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows
-
-    draft = SimpleNamespace(msd_tree_depth=3, msd_tree_top_k=4)
-    config = SimpleNamespace(
-        speculative_config=SimpleNamespace(
-            num_speculative_tokens=12,
-            draft_model_config=SimpleNamespace(hf_config=draft),
-        ),
-        scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=64),
-    )
-    check_level_rows(config)
-    config.scheduler_config.max_num_batched_tokens = 63
-    with pytest.raises(ConfigError, match="64 rows at once"):
-        check_level_rows(config)
-
-
 @pytest.mark.parametrize("source", ["TreeModelRunner", "TreeProposer", "TreeRejectionSampler"])
 def test_overrides_fit_vllm(source, monkeypatch):
     """They are checked when a worker starts; a method that vLLM has renamed is refused."""

@@ -11,8 +11,8 @@ from vllm_msd.tree.grow import TreeShape
 class TreeConfig:
     """``num_nodes`` drafted tokens, at most ``depth`` deep, ``top_k`` wide; ``top_k`` 1 is a chain.
 
-    The draft has slots for ``num_nodes`` rows of its own, of which ``depth - 1`` levels of
-    ``top_k`` rows each take a part.
+    Drafting feeds ``depth - 1`` levels of ``top_k`` rows to the draft, `draft_rows` in all: at most
+    `MAX_NODES`, the bits of a row's mask.
 
     Raises:
         ConfigError: no tree has this size; the message says which setting to change, and how.
@@ -43,11 +43,11 @@ class TreeConfig:
             raise ConfigError(
                 f"tree_depth: got {d}, expected at most num_speculative_tokens ({n})."
             )
-        if (d - 1) * k > n:
+        if self.draft_rows > MAX_NODES:
             raise ConfigError(
-                f"tree_depth {d} and tree_top_k {k} draft {(d - 1) * k} rows before the last "
-                f"level, expected at most num_speculative_tokens ({n}). Take a tree_depth of at "
-                f"most {n // k + 1} or a tree_top_k of at most {n // (d - 1)}."
+                f"tree_depth {d} and tree_top_k {k} draft {self.draft_rows} rows before the last "
+                f"level, expected at most {MAX_NODES}. Take a tree_depth of at most "
+                f"{MAX_NODES // k + 1} or a tree_top_k of at most {MAX_NODES // (d - 1)}."
             )
         if n > k + (d - 1) * k * k:
             raise ConfigError(
@@ -82,6 +82,11 @@ class TreeConfig:
     def is_chain(self) -> bool:
         """Whether every node has one child at most."""
         return self.top_k == 1
+
+    @property
+    def draft_rows(self) -> int:
+        """Rows that a request's levels feed to the draft, a KV slot each."""
+        return (self.depth - 1) * self.top_k
 
     @property
     def shape(self) -> TreeShape:

@@ -122,9 +122,11 @@ def grow_tree_fused(
     shape, num_requests = buffers.shape, len(root_logits)
     k, slots = shape.top_k, place.slots[:num_requests]
     logits, hidden = root_logits, root_hidden
+    del root_logits
     for level in range(shape.depth + 1):
         rows = len(logits)
         parts = top_k_parts(logits, k, vocabulary.first_column, out=buffers.parts[:rows])
+        del logits  # before the next level's are made: the largest tensors of a round
         if vocabulary.gather is not None:
             parts = vocabulary.gather(parts)
         best = TopK(*(t[:rows] for t in buffers.best))
@@ -132,5 +134,7 @@ def grow_tree_fused(
         beam_step(*best, level, buffers.candidates, buffers.beams, inputs, hidden, place)
         if level < shape.depth:
             ancestors = buffers.beams.ancestors[level, :num_requests].flatten()
-            logits, hidden = expand(level, ancestors, buffers.beams.tree_start[:num_requests])
+            logits, hidden = expand(  # noqa: RUF059 (the next turn of the loop uses it)
+                level, ancestors, buffers.beams.tree_start[:num_requests]
+            )
     rerank(buffers.candidates, k, slots, *relations, draft_tokens)

@@ -14,6 +14,8 @@ from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import MAX_NODES
 from vllm_msd.tree.record import DraftTree
 
+LOGITS_BYTES = 128 << 20  # at most, of the logits of one level
+
 
 @dataclass(frozen=True)
 class TreeShape:
@@ -46,6 +48,30 @@ class TreeShape:
     def num_candidates(self) -> int:
         """Nodes proposed, of which ``total_tokens - 1`` are kept."""
         return self.top_k + self.depth * self.top_k**2
+
+    def requests_at_once(
+        self, max_requests: int, max_rows: int, columns: int, element_bytes: int
+    ) -> int:
+        """For how many requests a level is drafted at once; more are drafted for in turn.
+
+        Args:
+            max_requests: of a batch.
+            max_rows: that fit the draft's buffers.
+            columns, element_bytes: of the logits, which are kept to `LOGITS_BYTES` a level.
+        """
+        by_logits = LOGITS_BYTES // (self.top_k * columns * element_bytes)
+        return max(1, min(max_requests, max_rows // self.top_k, by_logits))
+
+    def cut(self, num_nodes: int) -> "TreeShape":
+        """Of the first ``num_nodes`` drafted nodes (at least 1) of a tree of this shape.
+
+        `grow_tree` grows the very same nodes of it, in as few levels as they can need: all that
+        stand before a node are at least as probable, its ancestors among them, so of n nodes none
+        lies deeper than n.
+        """
+        return TreeShape(
+            min(num_nodes + 1, self.total_tokens), min(num_nodes - 1, self.depth), self.top_k
+        )
 
 
 class ExpandFn(Protocol):

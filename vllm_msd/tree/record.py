@@ -1,5 +1,6 @@
 """The draft tree of a batch of requests, as one frozen record."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,12 @@ class DraftTree:
         ):
             raise ValueError("parents: expected -1 at node 0 and an earlier node everywhere else")
         return cls(tokens, parents, *tree_relations(parents))
+
+    @classmethod
+    def concatenate(cls, trees: Iterable["DraftTree"]) -> "DraftTree":
+        """Trees of equally many nodes, one batch after the other."""
+        columns = zip(*((t.tokens, t.parents, t.depths, t.ancestors) for t in trees), strict=True)
+        return cls(*map(torch.cat, columns))
 
     def by_request(self) -> list["DraftTree"]:
         """The trees one by one, ``[1, T]`` each; views."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
+
+import torch
 
 from tests.common.cuda_graphs import sabotage
 from tests.common.cuda_graphs.engines import replays
@@ -36,6 +39,37 @@ def launches_of_a_round(model_runner: Any) -> dict[str, int]:
     return counts
 
 
+def drafting_memory(model_runner: Any) -> dict[str, int]:
+    """Bytes of the large tensors that a `TreeSpeculator` made for itself, by kind."""
+    speculator = model_runner.speculator
+    if not hasattr(speculator, "requests_at_once"):
+        return {}
+    buffers, store = speculator.buffers, model_runner.model_state.store
+    kinds = {
+        "growth": (buffers.parts, *buffers.best, *buffers.candidates, *buffers.beams),
+        "trees": (store.parents, store.depths, store.ancestors),
+        "roots": (speculator.root_hidden, speculator.first),
+    }
+    return {kind: sum(t.nbytes for t in tensors) for kind, tensors in kinds.items()}
+
+
+def profiled_rows(model_runner: Any) -> int:
+    """Rows of logits that vLLM's memory profile has the target make for a verification, at most."""
+    speculator, seen = model_runner.speculator, [0]
+    original = speculator.target_logits
+
+    def watched(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        return original(hidden)
+
+    with (
+        mock.patch.object(speculator, "target_logits", watched),
+        mock.patch.object(torch.accelerator, "synchronize", lambda *_: None),
+    ):
+        model_runner.profile_run()
+    return max(seen)
+
+
 def graph_answers(
     *,
     runner: str,
@@ -49,6 +83,9 @@ def graph_answers(
     async_scheduling: bool = False,
     sampled: bool = False,
     logits_bytes: int | None = None,
+    schedule: list[list[int]] | None = None,
+    options: dict[str, Any] | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Answers, accepted counts and replays of an engine, under `engines.gpu_wiring` or not.
 
@@ -65,6 +102,9 @@ def graph_answers(
         async_scheduling: schedule a step before the output of the one before is known.
         sampled: at temperature 1 with a seed each.
         logits_bytes: room for the logits of a tree's level; the less, the fewer requests at once.
+        schedule: drafted tokens by batch size, see `open_engine`.
+        options: of the engine, over `OPTIONS`.
+        profile: run vLLM's memory profile once more, and look.
     """
     from vllm import SamplingParams
 
@@ -79,11 +119,12 @@ def graph_answers(
         for i, request in enumerate(asked)
     ]
     if logits_bytes is not None:
-        from vllm_msd.vllm_plugin.gpu import speculator
+        from vllm_msd.tree import grow
 
-        speculator.LOGITS_BYTES = logits_bytes  # of this process
+        grow.LOGITS_BYTES = logits_bytes  # of this process
+    settings = {**OPTIONS, **(options or {})}
     with forced_async_scheduling() if async_scheduling else nullcontext():
-        engine = open_engine(target, draft, spec_tokens, tree=tree, **OPTIONS)
+        engine = open_engine(target, draft, spec_tokens, tree=tree, schedule=schedule, **settings)
     model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
     if bug is not None:
         getattr(sabotage, bug)(model_runner)
@@ -91,6 +132,8 @@ def graph_answers(
     return {
         "speculator": type(model_runner.speculator).__name__,
         "requests_at_once": getattr(model_runner.speculator, "requests_at_once", None),
+        "profiled_rows": profiled_rows(model_runner) if profile else None,
+        "memory": drafting_memory(model_runner),
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
         "replays": replays(engine),

@@ -127,6 +127,7 @@ def check_engine(
     _check_num_speculative_tokens(request["num_speculative_tokens"], target)
     _check_parallel(request, parallel)
     _check_settings(request)
+    _check_schedule(request)
     load_format = str(engine_args.load_format)
     if load_format in _TARGET_ONLY_LOADERS and request.get("draft_load_config") is None:
         raise ConfigError(
@@ -162,11 +163,6 @@ def _check_tree(
                 f"{name}={value!r} does not work with a draft tree, whose nodes are the draft's "
                 f"most likely tokens and are accepted exactly. Only {only!r} does. {chain}"
             )
-    if request.get("num_speculative_tokens_per_batch_size"):
-        raise ConfigError(
-            "num_speculative_tokens_per_batch_size does not work with a draft tree, which has one "
-            f"size. {chain}"
-        )
     if target.get_sliding_window() is not None:
         raise ConfigError(
             "this target's attention has a sliding window, which counts rows; a tree's rows are "
@@ -180,16 +176,14 @@ def _check_tree(
             f"data_parallel_size={parallel.data_parallel_size} does not work with a draft tree. "
             "Start one server for each replica instead, or draft a chain: set tree_top_k to 1."
         )
-    limit = engine_args.max_num_batched_tokens
-    for rows, what in (
-        (tree.num_nodes + 1, "the rows of one tree: num_speculative_tokens and the token before"),
-        ((engine_args.max_num_seqs or 0) * tree.top_k, "max_num_seqs times tree_top_k, one level"),
-    ):
-        if limit is not None and limit < rows:
-            raise ConfigError(
-                f"max_num_batched_tokens={limit}: expected at least {rows} with this draft tree "
-                f"({what})."
-            )
+    # What vLLM takes by default is filled in later, and is always enough.
+    limit, rows = engine_args.max_num_batched_tokens, max(tree.num_nodes, tree.draft_rows) + 1
+    if limit is not None and limit < rows:
+        raise ConfigError(
+            f"max_num_batched_tokens={limit}: expected at least {rows} with this draft tree "
+            f"(num_speculative_tokens {tree.num_nodes}, tree_depth {tree.depth}, tree_top_k "
+            f"{tree.top_k}: its nodes, or the rows that draft them, and the token before)."
+        )
 
 
 def tree_attention_backend(engine_args: EngineArgs, request: Mapping[str, Any]) -> Any:
@@ -244,6 +238,31 @@ def _check_num_speculative_tokens(value: Any, target: ModelConfig) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
         raise ConfigError(
             f"num_speculative_tokens: got {value!r}, expected a whole number from 1 to {limit}."
+        )
+
+
+def _check_schedule(request: Mapping[str, Any]) -> None:
+    """Refuse a schedule that vLLM would stumble over in the engine's process, or silently cut."""
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    name = "num_speculative_tokens_per_batch_size"
+    schedule, most = request.get(name), request["num_speculative_tokens"]
+    if schedule is None:
+        return
+    expected = (
+        "expected a list of [first batch size, last batch size, drafted tokens], such as "
+        f"[[1, 4, {most}], [5, 16, {most // 2}], [17, 1024, 0]]. Batch sizes start at 1 and do not "
+        "overlap."
+    )
+    try:
+        entries = validate_and_normalize_dynamic_sd_schedule(schedule)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: got {schedule!r}, {expected} {error}") from error
+    largest = max(tokens for *_, tokens in entries)
+    if largest > most:
+        raise ConfigError(
+            f"{name}: got {largest} drafted tokens, expected at most num_speculative_tokens "
+            f"({most}). Raise it, or lower the entry."
         )
 
 

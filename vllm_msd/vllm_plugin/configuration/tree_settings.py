@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from vllm_msd.errors import ConfigError
 from vllm_msd.tree.config import TreeConfig
 
 if TYPE_CHECKING:
@@ -31,17 +32,24 @@ def wants_trees(vllm_config: VllmConfig) -> bool:
     return drafts_trees(vllm_config.speculative_config)
 
 
-def check_level_rows(vllm_config: VllmConfig) -> None:
-    """Refuse an engine whose draft levels do not fit its buffers: they hold one step's rows.
+def requests_at_once(vllm_config: VllmConfig, columns: int, element_bytes: int) -> int:
+    """For how many requests an engine drafts at once, see `TreeShape.requests_at_once`."""
+    scheduler = vllm_config.scheduler_config
+    return tree_config(vllm_config).shape.requests_at_once(
+        scheduler.max_num_seqs, scheduler.max_num_batched_tokens, columns, element_bytes
+    )
 
-    Raises:
-        ConfigError: with the settings to change.
+
+def wrap_num_lookahead_tokens(original: Callable[[Any], int]) -> Callable[[Any], int]:
+    """Replacement of the property ``VllmConfig.num_lookahead_tokens``.
+
+    vLLM keeps a KV slot for each drafted token. The rows that grow a tree may be more than its
+    nodes.
     """
-    scheduler, top_k = vllm_config.scheduler_config, tree_config(vllm_config).top_k
-    rows, limit = scheduler.max_num_seqs * top_k, scheduler.max_num_batched_tokens
-    if rows > limit:
-        raise ConfigError(
-            f"tree_top_k {top_k} with max_num_seqs {scheduler.max_num_seqs} drafts {rows} rows at "
-            f"once, expected at most max_num_batched_tokens ({limit}). Lower max_num_seqs or "
-            "tree_top_k, or raise max_num_batched_tokens."
-        )
+
+    @functools.wraps(original)
+    def num_lookahead_tokens(self: Any) -> int:
+        slots = original(self)
+        return max(slots, tree_config(self).draft_rows) if wants_trees(self) else slots
+
+    return num_lookahead_tokens

@@ -168,7 +168,8 @@ class TreeModelRunner(CPUModelRunner):
         tokens = super().propose_draft_token_ids(
             scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *args, **kwargs
         )
-        self.drafted.update(zip(req_ids, self.drafter.drafted.by_request(), strict=True))
+        if self.drafter.drafted is not None:
+            self.drafted.update(zip(req_ids, self.drafter.drafted.by_request(), strict=True))
         return tokens
 
     def _needs_chain(self, req_id: str) -> bool:

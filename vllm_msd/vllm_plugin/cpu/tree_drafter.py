@@ -16,11 +16,12 @@ from vllm_msd.tree import (
     DraftLevels,
     DraftTree,
     TreeRows,
+    TreeShape,
     draft_level,
     grow_tree,
     lay_out_chains,
 )
-from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
+from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
 from vllm_msd.vllm_plugin.cpu.chain_drafter import MSDProposer
 from vllm_msd.vllm_plugin.trees.attention import attach
 
@@ -29,17 +30,19 @@ class TreeProposer(MSDProposer):
     """Drafts trees with an MSD draft under Model Runner V1.
 
     Attributes:
-        drafted: the trees drafted last, ``[R, N + 1]``.
+        drafted: the trees drafted last, ``[R, n + 1]``; None where the step asked for no drafts.
         as_chain: ``[R]`` bool, which requests of the batch need chains; set before `propose`.
     """
 
-    drafted: DraftTree
+    drafted: DraftTree | None
     as_chain: Tensor
 
     def __init__(self, vllm_config, device, runner=None) -> None:
         super().__init__(vllm_config, device, runner)
         self.shape = tree_config(vllm_config).shape
-        check_level_rows(vllm_config)
+        self.requests_at_once = requests_at_once(
+            vllm_config, vllm_config.model_config.get_vocab_size(), self.dtype.itemsize
+        )
         # The base class only runs the draft's prefill; this is also its number of warm-up passes.
         self.num_speculative_tokens = 1
         self._last_hidden: Tensor | None = None
@@ -59,9 +62,12 @@ class TreeProposer(MSDProposer):
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: dict[str, Tensor] | list[dict[str, Tensor]] | None = None,
     ) -> Tensor:
-        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``."""
-        super().propose(
-            1,
+        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``.
+
+        A schedule asks for fewer nodes in some steps; for none the draft's prefill runs alone.
+        """
+        none = super().propose(
+            min(num_speculative_tokens, 1),
             target_token_ids,
             target_positions,
             target_hidden_states,
@@ -73,16 +79,25 @@ class TreeProposer(MSDProposer):
             num_rejected_tokens_gpu,
             slot_mappings,
         )
+        self.drafted = None
+        if num_speculative_tokens == 0:
+            return none
         if token_indices_to_sample is None:
             token_indices_to_sample = common_attn_metadata.query_start_loc[1:] - 1
-        tree = self._grow(
+        # Kept from the levels, which use the same buffers.
+        of_requests = (
             next_token_ids.long(),
             self.positions[token_indices_to_sample] + 1,
             self._last_hidden,
-            common_attn_metadata.block_table_tensor,
+            common_attn_metadata.block_table_tensor[: len(next_token_ids)],
+        )
+        shape = self.shape.cut(num_speculative_tokens)
+        tree = DraftTree.concatenate(
+            self._grow(*some, shape)
+            for some in zip(*(t.split(self.requests_at_once) for t in of_requests), strict=True)
         )
         self.drafted = lay_out_chains(tree, self.as_chain) if self.as_chain.any() else tree
-        return self.drafted.tokens[:, 1 : num_speculative_tokens + 1]
+        return self.drafted.tokens[:, 1:]
 
     @override
     def _sample_draft_tokens(
@@ -93,7 +108,12 @@ class TreeProposer(MSDProposer):
         return hidden_states.new_zeros(len(hidden_states), dtype=torch.int64), None
 
     def _grow(
-        self, root_tokens: Tensor, first: Tensor, hidden: Tensor, block_table: Tensor
+        self,
+        root_tokens: Tensor,
+        first: Tensor,
+        hidden: Tensor,
+        block_table: Tensor,
+        shape: TreeShape,
     ) -> DraftTree:
         """Grow the trees of B requests.
 
@@ -102,11 +122,12 @@ class TreeProposer(MSDProposer):
             first: ``[B]`` int64 position behind each request's last valid row.
             hidden: ``[B, H]`` the draft's output of that row.
             block_table: ``[B, blocks]`` int32 of the draft's cache.
+            shape: of the trees.
         """
-        k = self.shape.top_k
+        k = shape.top_k
         batch, num_rows = len(root_tokens), len(root_tokens) * k
         query_start = self.arange[: batch + 1] * k
-        levels = DraftLevels(first, self.shape.depth, k, self.max_model_len)
+        levels = DraftLevels(first, shape.depth, k, self.max_model_len)
         tree_start = first.int()  # also past the limit: older levels' rows are read from copies
         tree_rows: TreeRows | None = None
 
@@ -135,7 +156,7 @@ class TreeProposer(MSDProposer):
             return logits.unflatten(0, (batch, k)), out.unflatten(0, (batch, k))
 
         logits = self.model.compute_logits(hidden)
-        return grow_tree(root_tokens, logits, hidden, expand, self.shape)
+        return grow_tree(root_tokens, logits, hidden, expand, shape)
 
     def _slots(self, positions: Tensor, is_past: Tensor, block_table: Tensor) -> Tensor:
         """Cache slots of a level's rows, from `DraftLevels.kv_positions`; ``[B * top_k]``."""

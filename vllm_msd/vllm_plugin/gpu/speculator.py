@@ -30,9 +30,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.kernels import DraftPlace, LevelInputs
+from vllm_msd.roofline.scratch import float_rows, verification_rows
 from vllm_msd.tree import TreeRows
 from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
-from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
+from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
 from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
 from vllm_msd.vllm_plugin.gpu.head import DraftHead
@@ -40,8 +41,6 @@ from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 from vllm_msd.vllm_plugin.gpu.tree_graphs import TreeCudaGraphManager
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.attention import attach
-
-LOGITS_BYTES = 128 << 20  # at most, of the logits of one level
 
 
 class TreeSpeculator(ChainSpeculator):
@@ -82,13 +81,10 @@ class TreeSpeculator(ChainSpeculator):
                 "it. Leave tree_depth and tree_top_k out to draft chains."
             )
         target_model.get_model_state_cls = lambda: TreeModelState
+        self.target_logits = target_model.compute_logits
         self.head = DraftHead(self.model)
         columns = self.head.columns
-        k = self.shape.top_k
-        level_bytes = k * columns * self.dtype.itemsize
-        self.requests_at_once = max(
-            1, min(self.max_num_reqs, self.max_num_tokens // k, LOGITS_BYTES // level_bytes)
-        )
+        self.requests_at_once = requests_at_once(self.vllm_config, columns, self.dtype.itemsize)
         self.buffers = GrowthBuffers.allocate(
             self.shape, self.requests_at_once, columns, self.device
         )
@@ -199,12 +195,27 @@ class TreeSpeculator(ChainSpeculator):
             with_attention=not (dummy_run and skip_attn_for_dummy_run),
             eager=is_profile,
         )
+        if is_profile:
+            self._profile_verification(last_hidden_states)
         if not dummy_run:  # a dummy batch names the slots of real requests
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
                 turn = async_tensor_h2d(as_chain, device=self.device)
                 self.model_state.store.turn_into_chains(slots, self.draft_tokens[:num_reqs], turn)
         return self.draft_tokens[:num_reqs]
+
+    def _profile_verification(self, hidden: torch.Tensor) -> None:
+        """Take the memory of the largest verification's logits, for vLLM's profile to see.
+
+        vLLM's own dummy step has one row of logits a request.
+
+        Args:
+            hidden: ``[rows, H]`` the target's, of as many rows as a step has at most.
+        """
+        nodes = self.num_speculative_steps
+        rows = verification_rows(self.max_num_reqs, nodes, len(hidden))
+        logits = self.target_logits(hidden[:rows])
+        logits[: float_rows(rows, nodes, logits.shape[1])].float()
 
     def _draft(
         self, num_reqs: int, seq_lens_cpu: torch.Tensor, with_attention: bool, eager: bool

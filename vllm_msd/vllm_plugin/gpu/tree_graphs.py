@@ -13,6 +13,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
+from vllm_msd.vllm_plugin.configuration.capture_sizes import requests_by_rows
+
 
 class TreeCudaGraphManager(SpeculatorCudaGraphManager):
     """Captures all levels of R requests in one graph, for each R that the target has a graph of.
@@ -27,9 +29,15 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
         sizes = self.compilation_config.cudagraph_capture_sizes
         if not (self.cudagraph_mode and sizes):
             return
-        rows, width = self.vllm_config.num_speculative_tokens + 1, self.decode_query_len
-        largest = min(self.max_num_reqs * rows, self.compilation_config.max_cudagraph_capture_size)
-        counts = sorted({r // rows for s in sizes if (r := round_up(s, rows)) <= largest})
+        width, limit = self.decode_query_len, self.compilation_config.max_cudagraph_capture_size
+        counts = sorted(
+            {
+                r // rows
+                for rows in requests_by_rows(self.vllm_config)
+                for s in sizes
+                if (r := round_up(s, rows)) <= min(self.max_num_reqs * rows, limit)
+            }
+        )
         descs = [
             BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.FULL,

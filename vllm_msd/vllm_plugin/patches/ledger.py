@@ -41,6 +41,31 @@ PATCHES: tuple[Patch, ...] = (
         used_as=(("vllm.engine.arg_utils", "parser = EngineArgs.add_cli_args(parser)"),),
     ),
     Patch(
+        name="draft-slots",
+        target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
+        make="vllm_msd.vllm_plugin.configuration.tree_settings:wrap_num_lookahead_tokens",
+        what="Keeps a KV slot for each row that grows a tree.",
+        why="vLLM keeps one for each drafted token; a tree's rows may be more than its nodes.",
+        remove_when="vLLM lets a speculator say how many slots it needs.",
+        used_as=(
+            (
+                "vllm.v1.core.sched.scheduler",
+                "self.num_lookahead_tokens = vllm_config.num_lookahead_tokens",
+            ),
+        ),
+    ),
+    Patch(
+        name="capture-sizes",
+        target="vllm.config.vllm:VllmConfig._set_cudagraph_sizes",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
+        make="vllm_msd.vllm_plugin.configuration.capture_sizes:wrap_set_cudagraph_sizes",
+        what="Adds CUDA graphs of batches with trees, where the user gave no sizes.",
+        why="vLLM's sizes end at 512 rows, eight requests of 61; larger batches would run eagerly.",
+        remove_when="vLLM's sizes follow the number of requests whatever they draft.",
+        used_as=(("vllm.config.vllm", "self._set_cudagraph_sizes()"),),
+    ),
+    Patch(
         name="v1-drafter",
         target="vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),

@@ -185,10 +185,12 @@ def put_in_place(ready: list[tuple[Patch, Any]]) -> None:
 
 
 def replace_attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put ``make(original)`` in an attribute's place; a static or class method stays one."""
+    """Put ``make(original)`` in an attribute's place; a method of any kind, or a property, stays
+    what it is.
+    """
     stored = vars(owner)[name]
     replacement = make(_unwrap(stored))
-    if isinstance(stored, staticmethod | classmethod):
+    if isinstance(stored, staticmethod | classmethod | property):
         replacement = type(stored)(replacement)
     setattr(owner, name, replacement)
 
@@ -218,6 +220,8 @@ def check_source(root: Path, version: str, patches: tuple[Patch, ...]) -> list[s
 
 
 def _unwrap(stored: Any) -> Any:
+    if isinstance(stored, property):
+        return stored.fget
     return stored.__func__ if isinstance(stored, staticmethod | classmethod) else stored
 
 

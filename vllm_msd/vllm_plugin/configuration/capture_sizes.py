@@ -1,0 +1,71 @@
+"""Sizes of CUDA graphs for trees: a request has a row for each node, so batches are large in rows.
+
+vLLM's own sizes end at 512 rows (1,024 on Blackwell), which is 8 requests of 61.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# Numbers of requests to capture: padding adds a third at most, from 12 on a quarter.
+REQUESTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+# A step of so many rows takes its time on any device; its launches are no longer what costs.
+MAX_ROWS = 2048
+
+
+def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
+    """Rows that a decoding request may have, and the most requests that run with so many.
+
+    That is a row more than its drafted tokens: one number, or those of the schedule.
+    """
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    config, most = vllm_config.speculative_config, vllm_config.num_speculative_tokens
+    largest = vllm_config.scheduler_config.max_num_seqs
+    schedule = config.num_speculative_tokens_per_batch_size
+    if not schedule:
+        return {most + 1: largest}
+    tokens = build_dynamic_sd_schedule_lookup(schedule, largest, most)
+    return {tokens[batch] + 1: batch for batch in range(1, largest + 1)}
+
+
+def tree_capture_sizes(by_rows: dict[int, int], max_rows: int) -> set[int]:
+    """Rows of the decoding batches that are worth a graph.
+
+    Args:
+        by_rows: of `requests_by_rows`.
+        max_rows: of a step.
+    """
+    return {
+        rows * n
+        for rows, most in by_rows.items()
+        for n in {*REQUESTS, min(most, REQUESTS[-1])}
+        if n <= most and rows * n <= min(max_rows, MAX_ROWS)
+    }
+
+
+def wrap_set_cudagraph_sizes(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Replacement of ``VllmConfig._set_cudagraph_sizes``."""
+
+    @functools.wraps(original)
+    def set_cudagraph_sizes(self: Any) -> None:
+        compilation = self.compilation_config
+        given = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
+        original(self)
+        sizes = compilation.cudagraph_capture_sizes
+        if given != (None, None) or not sizes or not wants_trees(self):
+            return
+        added = tree_capture_sizes(
+            requests_by_rows(self), self.scheduler_config.max_num_batched_tokens
+        )
+        compilation.cudagraph_capture_sizes = sorted({*sizes, *added})
+        compilation.max_cudagraph_capture_size = max(*sizes, *added)
+
+    return set_cudagraph_sizes
