@@ -33,7 +33,7 @@ from vllm_msd.kernels import DraftPlace, LevelInputs
 from vllm_msd.tree import TreeRows
 from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
 from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
-from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
+from vllm_msd.vllm_plugin.gpu.backend import provide_workspace, register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
 from vllm_msd.vllm_plugin.gpu.head import DraftHead
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
@@ -82,6 +82,7 @@ class TreeSpeculator(ChainSpeculator):
                 "it. Leave tree_depth and tree_top_k out to draft chains."
             )
         target_model.get_model_state_cls = lambda: TreeModelState
+        provide_workspace(self.vllm_config, self.device)
         self.head = DraftHead(self.model)
         columns = self.head.columns
         k = self.shape.top_k
