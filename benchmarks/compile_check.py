@@ -223,7 +223,8 @@ def compile_growth(arch: int, k: int, depth: int, logits: str = "bf16") -> dict[
 
 
 def compile_placing(arch: int, dims: int) -> dict:
-    names = ("root_rows", "row_ancestors", "positions", "linear", "depths", "ancestors", "slots")
+    names = ("root_rows", "row_ancestors", "positions", "shifts", "linear", "depths", "ancestors")
+    names += ("slots",)
     types = {f"{name}_ptr": "*i64" for name in names}
     return compile_small(place_trees_kernel, arch, types, {"DIMS": dims, "ROWS": PLACED_ROWS})
 

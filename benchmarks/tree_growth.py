@@ -143,6 +143,7 @@ def measure_placing(nodes: int, batch: int, device: str) -> dict:
         "root_rows": torch.zeros(batch, dtype=torch.int64, device=device),
         "row_ancestors": torch.zeros(rows, dtype=torch.int64, device=device),
         "positions": torch.zeros(rows, dtype=torch.int64, device=device),
+        "shifts": torch.zeros(rows, dtype=torch.int64, device=device),
     }
     twin = {name: torch.zeros_like(t) for name, t in written.items()}
     arguments = (tree.depths, tree.ancestors, slots, starts, starts, lengths, linear)
@@ -153,8 +154,9 @@ def measure_placing(nodes: int, batch: int, device: str) -> dict:
         twin["tree_start"][:batch] = torch.where(count > 1, lengths - count, -1)
         twin["row_ancestors"][row_of] = tree.ancestors[slot_of, node]
         twin["root_rows"].copy_(starts[1:] - count)
+        twin["shifts"].copy_(tree.depths[slot_of, node] - node)
         twin["positions"].copy_(linear)
-        twin["positions"][row_of] += tree.depths[slot_of, node] - node
+        twin["positions"][row_of] += twin["shifts"]
 
     return compare(
         "placing",

@@ -22,6 +22,7 @@ def place_trees(
     root_rows: Tensor,
     row_ancestors: Tensor,
     positions: Tensor,
+    shifts: Tensor,
 ) -> None:
     """Lay stored trees over the rows of a pass: what attention and rotary positions need of them.
 
@@ -38,6 +39,7 @@ def place_trees(
         -> ancestors  0001  0011  0101  1011                   1
         -> tree_start 9                                -1
         -> root_rows  0                                6
+        -> shifts     0     0    -1    -1                      0       by node, as node_start
 
     Args:
         depths, ancestors: [slots or more, T] int64 by slot, as `rerank` writes them.
@@ -52,6 +54,8 @@ def place_trees(
         root_rows: [R or more] int64, written: the root's row.
         row_ancestors: [rows] int64, written at the nodes' rows.
         positions: as ``linear``, written at all requests' rows; the same tensor changes in place.
+        shifts: [nodes of the step or more, at most rows] int64, written: each node's depth minus
+            its number, which sampling adds to linear positions.
 
     On CUDA tensors one launch does everything; it reads no tensor on the host and can be captured
     in a CUDA graph. With ``TRITON_INTERPRET=1`` the kernel runs in Triton's interpreter on CPU
@@ -80,6 +84,7 @@ def place_trees(
         ("tree_start", tree_start, torch.int32, (num_requests,)),
         ("root_rows", root_rows, torch.int64, (num_requests,)),
         ("row_ancestors", row_ancestors, torch.int64, (linear.shape[-1],)),
+        ("shifts", shifts, torch.int64, (num_requests,)),
     ):
         expect_room(name, t, dtype, shape, device)
     for name, t in (("linear", linear), ("positions", positions)):
@@ -94,6 +99,7 @@ def place_trees(
             root_rows=root_rows,
             row_ancestors=row_ancestors,
             positions=positions,
+            shifts=shifts,
         )
         return
 
@@ -104,6 +110,7 @@ def place_trees(
         root_rows,
         row_ancestors,
         positions,
+        shifts,
         linear,
         depths,
         ancestors,

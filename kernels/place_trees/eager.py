@@ -16,6 +16,7 @@ def place_trees_eager(
     root_rows: Tensor,
     row_ancestors: Tensor,
     positions: Tensor,
+    shifts: Tensor,
 ) -> None:
     """Same as ``place_trees``; waits for the device."""
     tree_start.fill_(-1)
@@ -30,4 +31,6 @@ def place_trees_eager(
         row_ancestors[root:end] = ancestors[slot, :nodes]
         positions[..., begin:end] = linear[..., begin:end]
         for node in range(nodes):
-            positions[..., root + node] += depths[slot, node] - node
+            shift = depths[slot, node] - node
+            positions[..., root + node] += shift
+            shifts[starts[request] + node] = shift

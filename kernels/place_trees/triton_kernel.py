@@ -10,6 +10,7 @@ def place_trees_kernel(
     root_rows_ptr,  # [R] int64
     row_ancestors_ptr,  # [rows] int64
     positions_ptr,  # [DIMS, rows] int64
+    shifts_ptr,  # [nodes] int64
     linear_ptr,  # [DIMS, rows] int64, may be the same
     depths_ptr,  # [slots, num_nodes] int64
     ancestors_ptr,  # [slots, num_nodes] int64
@@ -30,8 +31,8 @@ def place_trees_kernel(
         return
     begin = tl.load(query_start_ptr + request)
     end = tl.load(query_start_ptr + request + 1)
-    nodes = tl.load(node_start_ptr + request + 1) - tl.load(node_start_ptr + request)
-    nodes = nodes.to(tl.int32)
+    first_node = tl.load(node_start_ptr + request).to(tl.int32)
+    nodes = tl.load(node_start_ptr + request + 1).to(tl.int32) - first_node
     root = end - nodes
     start = tl.load(seq_lens_ptr + request) - nodes
     tl.store(tree_start_ptr + request, tl.where(nodes > 1, start, -1))
@@ -47,5 +48,6 @@ def place_trees_kernel(
         for dim in tl.static_range(DIMS):
             linear = tl.load(linear_ptr + dim * stride_linear + row, mask=inside)
             tl.store(positions_ptr + dim * stride_positions + row, linear + shift, mask=inside)
+        tl.store(shifts_ptr + first_node + node, shift, mask=in_tree)
         visible = tl.load(ancestors_ptr + tree + node, mask=in_tree)
         tl.store(row_ancestors_ptr + row, visible, mask=in_tree)

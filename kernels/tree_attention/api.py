@@ -31,6 +31,7 @@ def tree_attention(
     num_splits: int | None = None,
     workspace: TreeAttentionWorkspace | None = None,
     config: LaunchConfig | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Attention over a paged KV cache in which a request's last tokens may form a tree.
 
@@ -80,6 +81,8 @@ def tree_attention(
         workspace: buffers for split launches, needed under CUDA graphs so that replays find them;
             allocated per call if None.
         config: tile sizes, for tuning.
+        check: False leaves out the checks of the arguments, for the other layers of a pass whose
+            first one was checked; they take the host longer than the launch.
 
     Returns:
         ``out``, of q's dtype.
@@ -93,23 +96,15 @@ def tree_attention(
         ValueError: a shape, dtype, device or stride that does not fit. Contents (block numbers,
             lengths, masks) are not checked: that would have to wait for the device.
     """
-    _check(q, k_cache, v_cache, block_table, seq_lens, query_start, tree_start, ancestors, scale)
-    _check_scales(k_cache, k_scale, v_scale, q.device)
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"num_splits is {num_splits}: expected at least 1, or None")
-    group = q.shape[1] // k_cache.shape[2]
-    if config is not None and config.block_m < group:
-        raise ValueError(f"config.block_m is {config.block_m}: expected at least the {group} heads")
+    batch = (q, k_cache, v_cache, block_table, seq_lens, query_start, tree_start, ancestors, scale)
+    if check:
+        _check(*batch)
+        _check_scales(k_cache, k_scale, v_scale, q.device)
+        _check_launch(q, k_cache, out, num_splits, config)
     if out is None:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
-        raise ValueError(f"out is {describe(out)}, expected the same as q: {describe(q)}")
-    elif out.stride(-1) != 1:
-        raise ValueError("out must be contiguous in its last dimension")
     if q.shape[0] == 0 or seq_lens.shape[0] == 0:
         return out
-
-    batch = (q, k_cache, v_cache, block_table, seq_lens, query_start, tree_start, ancestors, scale)
     if runs_kernels(q):
         return launch_tree_attention(
             *batch,
@@ -183,3 +178,23 @@ def _check_scales(
             raise ValueError(f"{name} is only for a float8 cache, this one is {k_cache.dtype}")
         if t.dtype != torch.float32 or t.numel() != 1 or t.device != device:
             raise ValueError(f"{name} is {describe(t)}, expected one float32 on {device}")
+
+
+def _check_launch(
+    q: Tensor,
+    k_cache: Tensor,
+    out: Tensor | None,
+    num_splits: int | None,
+    config: LaunchConfig | None,
+) -> None:
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits is {num_splits}: expected at least 1, or None")
+    group = q.shape[1] // k_cache.shape[2]
+    if config is not None and config.block_m < group:
+        raise ValueError(f"config.block_m is {config.block_m}: expected at least the {group} heads")
+    if out is None:
+        return
+    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(f"out is {describe(out)}, expected the same as q: {describe(q)}")
+    if out.stride(-1) != 1:
+        raise ValueError("out must be contiguous in its last dimension")

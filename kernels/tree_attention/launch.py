@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class LaunchConfig:
                 raise ValueError(f"{name} is {value}: expected a power of two, at least 16")
 
 
+@cache
 def choose_config(
     rows: int, group: int, head_size: int, itemsize: int, hopper: bool = True
 ) -> LaunchConfig:
@@ -75,6 +76,7 @@ def choose_config(
     )
 
 
+@lru_cache(maxsize=64)  # every layer of a step asks for the same
 def choose_num_splits(programs: int, max_keys: int, slots: int) -> int:
     """Into how many parts to split the context so that ``programs`` programs fill ``slots``.
 

@@ -40,12 +40,37 @@ def _star_masks(tree_rows: Any) -> Any:
     """A node sees the root and itself, but not what lies between them."""
 
     def build(tree_start: Tensor, ancestors: Tensor, is_draft: bool) -> Any:
-        below = ancestors.clone()
-        for shift in (1, 2, 4, 8, 16, 32):
-            below |= below >> shift  # all bits up to the node's own
-        return tree_rows(tree_start, (below ^ (below >> 1)) | 1, is_draft)
+        return tree_rows(tree_start, _star(ancestors), is_draft)
 
     return build
+
+
+def _star(ancestors: Tensor) -> Tensor:
+    below = ancestors.clone()
+    for shift in (1, 2, 4, 8, 16, 32):
+        below |= below >> shift  # all bits up to the node's own
+    return (below ^ (below >> 1)) | 1
+
+
+def _star_masks_placed(place: Any) -> Any:
+    """As `_star_masks`, of the trees that `place_trees` lays over a step."""
+
+    def broken(*args: Any, row_ancestors: Tensor, **kwargs: Any) -> None:
+        place(*args, row_ancestors=row_ancestors, **kwargs)
+        row_ancestors.copy_(_star(row_ancestors))
+
+    return broken
+
+
+def _linear_positions_placed(place: Any) -> Any:
+    """Nodes have the rotary positions of their slots."""
+
+    def broken(*args: Any, positions: Tensor, **kwargs: Any) -> None:
+        linear = args[-1].clone()
+        place(*args, positions=positions, **kwargs)
+        positions.copy_(linear)
+
+    return broken
 
 
 def _tokens_in_row_order(original: Any) -> Any:
@@ -72,8 +97,8 @@ def _linear_sampling_positions(verify: Any) -> Any:
     """Seeded noise is keyed by the row's slot instead of the node's depth."""
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        unshifted = lambda slots, nodes: torch.zeros_like(nodes)  # noqa: E731
-        with mock.patch.object(self.store, "shift", unshifted):
+        unshifted = lambda count: torch.zeros(count, dtype=torch.int64)  # noqa: E731
+        with mock.patch.object(self.store, "next_shifts", unshifted):
             return verify(self, *args, **kwargs)
 
     return broken
@@ -119,7 +144,8 @@ MUTATIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
     },
     "v2": {
         **STORE,
-        "position": (f"{STATE}.prepare_inputs", _inherited("prepare_inputs")),
+        "mask": ("tree.store:place_trees", _star_masks_placed),
+        "position": ("tree.store:place_trees", _linear_positions_placed),
         "settle": (f"{STATE}.postprocess_state", _inherited("postprocess_state")),
         "sampling_position": (
             "vllm_plugin.gpu.sampler:TreeRejectionSampler._verify", _linear_sampling_positions,

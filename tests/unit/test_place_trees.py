@@ -65,6 +65,7 @@ def make_step(dims, seed=0):
         "root_rows": torch.full((len(QUERIES),), 7),
         "row_ancestors": torch.full((rows,), 7),
         "positions": torch.full_like(linear, 7) if dims == 1 else linear,
+        "shifts": torch.full((sum(nodes) + PADDING,), 7),
     }
 
 
@@ -93,7 +94,9 @@ def test_rows_of_a_mixed_step(dims, integers):
     expected = torch.full_like(step["row_ancestors"], 7)
     expected[row] = laid.ancestors[row]
     assert torch.equal(step["row_ancestors"], expected)
-    linear[..., row] += store.shift(slot, node)
+    shift = store.shift(slot, node)
+    assert step["shifts"].tolist() == [*shift.tolist(), *[7] * PADDING]
+    linear[..., row] += shift
     used = int(ends[-1])
     assert torch.equal(step["positions"][..., :used], linear[..., :used])
     assert dims > 1 or (step["positions"][used:] == 7).all()

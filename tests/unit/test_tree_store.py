@@ -124,6 +124,42 @@ def test_a_step_lays_the_trees_over_its_rows(seed):
     assert min(shifts) < 0
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_one_launch_lays_out_the_same_step(dims):
+    """`open_step` and `place` against `begin_step` and `shift`; sampling in two turns."""
+    stores = [TreeStore(SLOTS, ROWS, NODES) for _ in range(2)]
+    tree, _ = forest([NODES] * 4, seed=3)
+    batch = Batch([3, 5, 2, 0], sizes=[NODES, 4, 1, 7], before=[0, 6, 3, 1])
+    for store in stores:
+        store.put(torch.tensor([5, 0, 3, 2]), tree)
+    expected, padded = batch.begin(stores[0], padding=2), len(batch.sizes) + 2
+    shifts = stores[0].shift(batch.node_slots, batch.nodes)
+
+    store = stores[1]
+    rows = store.open_step(len(batch.sizes), padded, batch.num_rows + 2)
+    linear = torch.arange(batch.num_rows).expand(dims, -1).squeeze(0).contiguous()
+    positions = torch.zeros_like(linear)
+    lengths = [m + n for m, n in zip(batch.before, batch.sizes, strict=True)]
+    query_start = torch.tensor([0, *lengths]).cumsum(0).int()
+    slots = torch.tensor(batch.slots)
+    store.place(slots, batch.row_start, query_start, batch.seq_lens, linear, positions)
+    assert torch.equal(rows.tree_start, expected.tree_start)
+    assert torch.equal(rows.ancestors[batch.rows], expected.ancestors[batch.rows])
+    assert torch.equal(store.step.root_rows, stores[0].step.root_rows)
+    linear[..., batch.rows] += shifts
+    assert torch.equal(positions, linear)
+
+    first = int(batch.row_start[2])
+    assert torch.equal(store.next_shifts(first), shifts[:first])
+    tokens = torch.zeros(len(shifts), dtype=torch.int64)
+    store.accept(slots[:2], batch.row_start[:3], tokens[:first], tokens[:first])
+    assert torch.equal(store.next_shifts(len(shifts) - first), shifts[first:])
+    store.skip_step()
+    assert store.step is None and store.accepted_nodes() is None
+    with pytest.raises(RuntimeError, match="expected an open step"):
+        store.place(slots, batch.row_start, query_start, batch.seq_lens, linear, positions)
+
+
 def test_the_tensors_stay_where_they_are():
     """CUDA graphs keep their addresses."""
     store = TreeStore(SLOTS, ROWS, NODES)

@@ -14,8 +14,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.common.configuring import configure, msd, tree
-from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.configuration import guards
 from vllm_msd.vllm_plugin.configuration import tree_settings as settings
 
 pytestmark = pytest.mark.usefixtures("registered")
@@ -65,32 +63,6 @@ def test_tree_of_the_draft_and_what_overrides_it(tree_pair):
     assert asked(tree_depth=3) == (12, 3, 3)
     assert asked(tree_top_k=1) == (12, 12, 1)
     assert asked(tree_top_k=1, num_speculative_tokens=5) == (5, 5, 1)
-
-
-class OnGPU:
-    """The platform as it says of itself on a GPU; the engine's config is not built further."""
-
-    def is_cuda(self):
-        return True
-
-
-def test_attention_backend_of_trees_on_a_gpu(pair, monkeypatch):
-    monkeypatch.setattr("vllm.platforms.current_platform", OnGPU())
-
-    def backend(request=None, **engine):
-        arguments = EngineArgs(model=pair.target, **engine)
-        return guards.tree_attention_backend(arguments, request or {})
-
-    assert backend().name == "TRITON_ATTN"
-    assert backend(attention_backend="TRITON_ATTN").name == "TRITON_ATTN"
-    assert backend(attention_config={"backend": "TRITON_ATTN"}).name == "TRITON_ATTN"
-    for request, engine in (
-        ({}, {"attention_backend": "FLASH_ATTN"}),
-        ({}, {"attention_config": {"backend": "FLASH_ATTN"}}),
-        ({"attention_backend": "FLASH_ATTN"}, {}),
-    ):
-        with pytest.raises(ConfigError, match="got FLASH_ATTN, but draft trees on a GPU need"):
-            backend(request, **engine)
 
 
 @pytest.mark.parametrize("sizes", [(60, 6, 10), (30, 5, 10)], ids=str)

@@ -17,11 +17,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.common import tiny
+from tests.common.attention_layers import (
+    HEADS,
+    KV_HEADS,
+    common_metadata,
+    make_builder,
+    make_layer,
+    make_metadata,
+    rows_of,
+    run,
+    tree_and_chain_configs,
+    write_cache,
+)
 from tests.common.tree_batches import Request, chain, make_batch, unrolled_attention
 from tests.common.worker import INTERPRETER
 from vllm_msd.errors import ConfigError
-from vllm_msd.tree import TreeRows
 from vllm_msd.vllm_plugin.trees.attention import ATTRIBUTE
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +39,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in a process of its own with TRITON_INTERPRET=1"
 )
-HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
 TREE = [-1, 0, 0, 1, 1, 2, 2]
 MIXED = [
     Request(40, TREE),  # verification
@@ -65,113 +74,7 @@ def _device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-    """vLLM's configuration of an engine with trees, and of one without."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_msd.vllm_plugin import plugin
-
-    plugin.register()
-    pair = tiny.build_pair(tmp_path_factory.mktemp("pair"), "llava")
-    tree = {"num_speculative_tokens": 12, "tree_depth": 4, "tree_top_k": 3}
-    common = {"model": pair.target, "dtype": "float32", "max_model_len": 512}
-    return {
-        name: EngineArgs(
-            **common, speculative_config={"method": "msd", "model": pair.draft, **keys}
-        ).create_engine_config()
-        for name, keys in (("trees", tree), ("chains", {"num_speculative_tokens": 4}))
-    }
-
-
-def make_layer(config, backend=None, **arguments):
-    """A layer of vLLM's with our backend, outside any model."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.layers.attention import Attention
-
-    from vllm_msd.vllm_plugin.gpu.attention import TreeTritonAttentionBackend
-
-    arguments = {"num_heads": HEADS, "head_size": HEAD_SIZE, "num_kv_heads": KV_HEADS} | arguments
-    config.compilation_config.static_forward_context.clear()
-    with set_current_vllm_config(config):
-        return Attention(
-            **arguments,
-            scale=HEAD_SIZE**-0.5,
-            prefix="layers.0.attn",
-            attn_backend=backend or TreeTritonAttentionBackend,
-        )
-
-
-def make_metadata(batch, padded_rows=0, padded_requests=0, tree=None):
-    """The parent's metadata of a batch, padded as CUDA graphs are, with trees attached."""
-    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
-
-    _, _, _, table, seq_lens, starts = batch.args[:6]
-    pad = torch.zeros(padded_requests, dtype=torch.int32)
-    rows = int(starts[-1])
-    metadata = TritonAttentionMetadata(
-        num_actual_tokens=rows + padded_rows,
-        max_query_len=max(r.query_len for r in batch.requests),
-        query_start_loc=torch.cat([starts, pad + rows]),
-        max_seq_len=512,
-        seq_lens=torch.cat([seq_lens, pad]),
-        block_table=torch.cat([table, pad[:, None].expand(-1, table.shape[1])]),
-        slot_mapping=torch.empty(0, dtype=torch.int64),
-        seq_threshold_3D=None,
-        num_par_softmax_segments=None,
-        softmax_segm_output=None,
-        softmax_segm_max=None,
-        softmax_segm_expsum=None,
-        causal=True,
-    )
-    if tree is not None:
-        setattr(metadata, ATTRIBUTE, tree)
-    return metadata
-
-
-def rows_of(batch, is_draft=False, spare=0):
-    """The batch's trees; ``spare`` rows and requests behind them hold what must not matter."""
-    return TreeRows(
-        torch.cat([batch.args[6], torch.full((spare,), -1, dtype=torch.int32)]),
-        torch.cat([batch.args[7], torch.full((spare,), 3)]),
-        is_draft,
-    )
-
-
-def write_cache(layer, batch, layout, block_size=16):
-    """vLLM's cache of two layers, filled by its own kernel; returns the second layer's view."""
-    from vllm.v1.kv_cache_interface import (
-        FullAttentionSpec,
-        KVCacheTensor,
-        create_kv_cache_views,
-    )
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-
-    blocks, layout = int(batch.args[3].max()) + 1, KVCacheLayout[layout]
-    spec = FullAttentionSpec(
-        block_size=block_size, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=torch.float32
-    )
-    page = spec.page_size_bytes
-    backing = torch.full((2 * blocks * page,), -1, dtype=torch.int8)  # NaN in float32
-    tensor = KVCacheTensor(
-        size=len(backing),
-        layers=["0", "1"],
-        layer_stride=page * blocks if layout.is_layer_compact else page,
-        block_stride=page if layout.is_layer_compact else 2 * page,
-    )
-    view = create_kv_cache_views(backing, spec, blocks, layout, tensor)[1]
-    assert view.isnan().all()
-    for request, key, value in zip(range(len(batch.keys)), batch.keys, batch.values, strict=True):
-        position = torch.arange(len(key))
-        block = batch.args[3][request, position // block_size].long()
-        slots = block * block_size + position % block_size
-        layer.impl.do_kv_cache_update(layer, key, value, view, slots)
-    return view
-
-
-def run(layer, batch, cache, metadata):
-    query = batch.args[0]
-    output = torch.full((metadata.num_actual_tokens, HEADS, HEAD_SIZE), 7.0)
-    query = torch.cat([query, torch.ones(len(output) - len(query), HEADS, HEAD_SIZE)])
-    return layer.impl.forward(layer, query, None, None, cache, metadata, output)
+    return tree_and_chain_configs(tmp_path_factory.mktemp("pair"))
 
 
 @interpreted
@@ -212,6 +115,56 @@ def test_without_trees_it_is_the_parent(configs, engine):
     setattr(metadata, ATTRIBUTE, None)
     assert torch.equal(run(layer, batch, cache, metadata), expected)
     torch.testing.assert_close(expected.double(), unrolled_attention(batch), rtol=0, atol=1e-5)
+
+
+@interpreted
+def test_requests_without_drafts_take_the_parents_way(configs, monkeypatch):
+    """Trees, one of them behind prompt rows, then a decoding request and a chunk of a prompt."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+    from vllm_msd.vllm_plugin.gpu import attention
+    from vllm_msd.vllm_plugin.gpu.split import Split
+    from vllm_msd.vllm_plugin.gpu.triton_backend import TreeTritonAttentionBackend
+
+    config = configs["trees"]
+    layer = make_layer(config)
+    requests = [Request(40, TREE), Request(33, TREE, queries=12), Request(25), *CAUSAL[:1]]
+    batch = make_batch(requests, heads=HEADS, kv_heads=KV_HEADS)
+    cache = write_cache(layer, batch, "LBHNC")
+    builder = make_builder(config, TreeTritonAttentionBackend)
+    with_drafts = Split(2, len(TREE) + 12, 12)
+
+    asked = {"kernel": [], "parent": []}
+    kernel, parent = attention.tree_attention, TritonAttentionImpl.forward
+
+    def watched_kernel(q, *args, **kwargs):
+        asked["kernel"].append(len(q))
+        return kernel(q, *args, **kwargs)
+
+    def watched_parent(self, layer, query, *args):
+        asked["parent"].append(len(query))
+        return parent(self, layer, query, *args)
+
+    monkeypatch.setattr(attention, "tree_attention", watched_kernel)
+    monkeypatch.setattr(TritonAttentionImpl, "forward", watched_parent)
+    metadata = builder.build(0, common_metadata(batch), split=with_drafts)
+    setattr(metadata, ATTRIBUTE, rows_of(batch))
+    parted = run(layer, batch, cache, metadata)
+    assert asked == {"kernel": [19], "parent": [10]}
+    torch.testing.assert_close(parted.double(), unrolled_attention(batch), rtol=0, atol=1e-5)
+
+    whole = builder.build(0, common_metadata(batch))
+    setattr(whole, ATTRIBUTE, rows_of(batch))
+    unparted = run(layer, batch, cache, whole)
+    assert asked == {"kernel": [19, 29], "parent": [10]}
+    torch.testing.assert_close(parted, unparted, rtol=0, atol=1e-5)
+
+    # The draft's prefill shares the metadata, and takes all rows to the parent.
+    layer.is_draft_layer = True
+    causal = run(layer, batch, cache, metadata)
+    assert asked == {"kernel": [19, 29], "parent": [10, 29]}
+    assert (causal - parted)[:19].abs().max() > 0.1
+    torch.testing.assert_close(causal[19:], parted[19:], rtol=0, atol=1e-5)
 
 
 @interpreted
@@ -312,7 +265,7 @@ def test_layers_with_another_backend_are_refused(configs):
 
 
 def test_it_replaces_methods_that_vllm_has():
-    from vllm_msd.vllm_plugin.gpu.attention import TreeTritonAttentionImpl
+    from vllm_msd.vllm_plugin.gpu.triton_backend import TreeTritonAttentionImpl
     from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 
     check_overrides(TreeTritonAttentionImpl)

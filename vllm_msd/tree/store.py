@@ -6,6 +6,7 @@ goes to the i-th slot after the root's. A step goes through the store like this:
     put           the drafter keeps each request's new tree under the request's slot
     begin_step    the target's forward pass: which row is which node, what attention follows
     shift         rotary positions: a node's is its root's plus its depth
+    open_step, place    both, by a kernel that reads nothing on the host
     accept        the walk down each tree along the target's draws
     path_rows     hidden states and token ids of the accepted path in front: the drafter's input
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_msd.kernels import AcceptedPaths, accept
+from vllm_msd.kernels import AcceptedPaths, accept, place_trees
 from vllm_msd.tree.chains import lay_out_chains
 from vllm_msd.tree.path import path_index
 from vllm_msd.tree.record import DraftTree
@@ -44,6 +45,7 @@ class TreeStore:
             nobody's: slot -1, which the padding requests of a graph have, comes out there.
         tree_start: ``[slots]`` int32 and
         row_ancestors: ``[rows]`` int64, of the current step, as in `TreeRows`.
+        root_rows, shifts: ``[slots]`` and ``[rows]`` int64, of the current step, see `place`.
         step: the current step, None before the first.
         accepted: what was accepted in it, of all requests in batch order; more than one entry
             where they were verified in turn, none where nobody had drafts.
@@ -60,8 +62,11 @@ class TreeStore:
         self.ancestors = self.chain.ancestors.repeat(num_slots + 1, 1)
         self.tree_start = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
         self.row_ancestors = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.root_rows = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.shifts = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.step: Step | None = None
         self.accepted: list[AcceptedPaths] = []
+        self._verified_nodes = 0
 
     def put(self, slots: Tensor | slice, tree: DraftTree) -> None:
         """Keep the trees of R requests, of T nodes or fewer, under their slots (``[R]`` int64).
@@ -134,6 +139,58 @@ class TreeStore:
         self.accepted = []
         return tree
 
+    def open_step(self, num_requests: int, padded_requests: int, padded_rows: int) -> TreeRows:
+        """The trees of a step of R requests, for attention; `place` fills them in.
+
+        Args:
+            num_requests: R.
+            padded_requests, padded_rows: how many the pass has, padding included.
+        """
+        tree = TreeRows(
+            self.tree_start[:padded_requests], self.row_ancestors[:padded_rows], is_draft=False
+        )
+        self.step = Step(tree, self.root_rows[:num_requests])
+        self.accepted, self._verified_nodes = [], 0
+        return tree
+
+    def skip_step(self) -> None:
+        """A step in which no request has drafts, and no pass follows trees."""
+        self.step, self.accepted = None, []
+
+    def place(
+        self,
+        slots: Tensor,
+        node_start: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        linear: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """Lay the trees over the rows of the step that is open; see `vllm_msd.kernels.place_trees`.
+
+        What `begin_step` and `shift` do, in one launch.
+        """
+        if self.step is None:
+            raise RuntimeError("place: expected an open step")
+        place_trees(
+            self.depths,
+            self.ancestors,
+            slots,
+            node_start,
+            query_start,
+            seq_lens,
+            linear,
+            tree_start=self.step.tree.tree_start,
+            root_rows=self.root_rows,
+            row_ancestors=self.row_ancestors,
+            positions=positions,
+            shifts=self.shifts,
+        )
+
+    def next_shifts(self, num_nodes: int) -> Tensor:
+        """``[num_nodes]`` int64 `shift` of the nodes whose requests `accept` takes next."""
+        return self.shifts[self._verified_nodes : self._verified_nodes + num_nodes]
+
     def accept(
         self, slots: Tensor, row_start: Tensor, drawn: Tensor, tokens: Tensor
     ) -> AcceptedPaths:
@@ -145,6 +202,7 @@ class TreeStore:
         """
         found = accept(drawn, tokens, self.parents[slots], row_start)
         self.accepted.append(found)
+        self._verified_nodes += len(drawn)
         return found
 
     def accepted_nodes(self) -> Tensor | None:

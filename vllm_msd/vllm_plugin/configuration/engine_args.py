@@ -20,6 +20,7 @@ from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin import METHOD
 from vllm_msd.vllm_plugin.configuration import guards, resolve, values
 from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
+from vllm_msd.vllm_plugin.configuration.tree_backend import tree_attention_backend
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
         tree = guards.check_engine(
             self, request, draft, name, target_model_config, target_parallel_config
         )
-        backend = None if tree.is_chain else guards.tree_attention_backend(self, request)
+        backend = None
+        if not tree.is_chain:
+            backend = tree_attention_backend(self, request, target_model_config)
         if backend is not None:
             if self.attention_config.backend is None:  # the two are exclusive
                 self.attention_backend = backend

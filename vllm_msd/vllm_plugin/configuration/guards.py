@@ -186,32 +186,6 @@ def _check_tree(
         )
 
 
-def tree_attention_backend(engine_args: EngineArgs, request: Mapping[str, Any]) -> Any:
-    """The attention backend that trees need on this machine, None where it is the only one.
-
-    Raises:
-        ConfigError: another one was asked for.
-    """
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    if not current_platform.is_cuda():
-        return None
-    attention = engine_args.attention_config
-    asked = {
-        "attention_backend": engine_args.attention_backend or attention.backend,
-        "speculative_config['attention_backend']": request.get("attention_backend"),
-        "attention_config.backend_per_kind": attention.backend_per_kind,
-    }
-    for name, value in asked.items():
-        if value and getattr(value, "name", value) != "TRITON_ATTN":
-            raise ConfigError(
-                f"{name}: got {getattr(value, 'name', value)}, but draft trees on a GPU need "
-                "TRITON_ATTN. Leave it out, or draft a chain: set tree_top_k to 1."
-            )
-    return AttentionBackendEnum.TRITON_ATTN
-
-
 def _check_target_family(target: ModelConfig) -> None:
     supported = ", ".join(SUPPORTED_TARGETS)
     if target.runner_type != "generate":

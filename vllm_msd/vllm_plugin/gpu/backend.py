@@ -1,8 +1,8 @@
 """Model Runner V2: how draft trees attend and settle, chosen here only.
 
 The attention backend that vLLM would use decides, not the device: in place of its CPU backend
-attention runs over paths, in place of TRITON_ATTN through the tree kernel. Tests put TRITON_ATTN
-in the CPU backend's place, and the kernels then run in Triton's interpreter.
+attention runs over paths, in place of FLASH_ATTN and TRITON_ATTN through the tree kernel. Tests put
+TRITON_ATTN in the CPU backend's place, and the kernels then run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_msd.tree import TreeRows
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.block_table import BlockTables
@@ -37,6 +38,18 @@ def register_attention() -> None:
     else:
         from vllm_msd.vllm_plugin.gpu.attention import register
     register()
+
+
+def provide_workspace(vllm_config: VllmConfig, device: torch.device) -> None:
+    """Make what this engine's attention needs beside the KV cache; call it with the draft loaded.
+
+    vLLM then counts it when it measures free memory.
+    """
+    if not attends_over_paths():
+        from vllm_msd.vllm_plugin.gpu import attention
+
+        layers = vllm_config.compilation_config.static_forward_context
+        attention.provide_workspace(layers.values(), device)
 
 
 def reserve_kv(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> None:

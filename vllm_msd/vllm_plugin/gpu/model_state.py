@@ -28,6 +28,7 @@ from vllm_msd.tree import TreeStore
 from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
 from vllm_msd.vllm_plugin.gpu.backend import bind_kv
 from vllm_msd.vllm_plugin.gpu.sampler import TreeRejectionSampler
+from vllm_msd.vllm_plugin.gpu.split import DraftsFirst, Split
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.attention import attach
 from vllm_msd.vllm_plugin.trees.constrained import needs_chain
@@ -52,6 +53,7 @@ class TreeModelState(DefaultModelState):
         rows, slots = self.max_num_tokens, self.max_num_reqs
         self.store = TreeStore(slots, rows, tree_config(vllm_config).num_nodes + 1, device)
         self.as_chain = np.zeros(slots, dtype=np.bool_)
+        self.has_trees = False  # whether the current step's passes follow trees
         # Rotary positions of the current step; CUDA graphs read this very tensor.
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
 
@@ -83,10 +85,15 @@ class TreeModelState(DefaultModelState):
         ubatch_idx: int = 0,
         model_specific_attn_metadata: ModelSpecificAttnMetadata | None = None,
     ) -> dict[str, Any]:
-        """vLLM's metadata with the trees attached.
+        """vLLM's metadata with the trees attached, where a request has drafts.
 
-        Also where nobody has a tree: a CUDA graph captured then serves steps that have.
+        And for full CUDA graphs, whoever has: a graph serves every step of its size.
         """
+        in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
+        split = Split.of(input_batch)
+        self.has_trees = in_graph or split.requests > 0
+        if self.has_trees and not in_graph and model_specific_attn_metadata is None:
+            model_specific_attn_metadata = DraftsFirst(split)
         metadata = super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -98,31 +105,40 @@ class TreeModelState(DefaultModelState):
             ubatch_idx,
             model_specific_attn_metadata,
         )
-        tree = self.store.begin_step(
-            input_batch.expanded_idx_mapping,
-            input_batch.expanded_local_pos,
-            input_batch.logits_indices,
-            input_batch.cu_num_logits,
-            input_batch.seq_lens[: input_batch.num_reqs],
-            input_batch.num_reqs_after_padding,
-            input_batch.num_tokens_after_padding,
-        )
+        tree = None
+        if self.has_trees:
+            tree = self.store.open_step(
+                input_batch.num_reqs,
+                input_batch.num_reqs_after_padding,
+                input_batch.num_tokens_after_padding,
+            )
+        else:
+            self.store.skip_step()
         attach(metadata, tree)
         return metadata
 
     @override
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Rotary positions: a node's is its root's plus its depth."""
+        """Lay the trees over the rows. A node's rotary position is its root's plus its depth."""
         inputs = super().prepare_inputs(input_batch, req_states)
-        rows = input_batch.logits_indices
-        shift = self.store.shift(input_batch.expanded_idx_mapping, input_batch.expanded_local_pos)
+        rows, linear = input_batch.num_tokens_after_padding, input_batch.positions
+        positions = self.positions[:rows]
         if self.rope_state is not None:
-            self.rope_state.positions[:, rows] += shift
-            return inputs
-        positions = self.positions[: input_batch.num_tokens_after_padding]
-        positions.copy_(input_batch.positions)
-        positions[rows] += shift
-        return {**inputs, "positions": positions}
+            positions = linear = self.rope_state.get_positions(rows)
+        else:
+            inputs = {**inputs, "positions": positions}
+        if self.has_trees:
+            self.store.place(
+                input_batch.idx_mapping,
+                input_batch.cu_num_logits,
+                input_batch.query_start_loc,
+                input_batch.seq_lens,
+                linear,
+                positions,
+            )
+        elif positions is not linear:
+            positions.copy_(linear)
+        return inputs
 
     @override
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -148,5 +164,5 @@ class TreeModelState(DefaultModelState):
         """After sampling and before drafting: move the accepted nodes' KV behind the root's."""
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
         nodes, step = self.store.accepted_nodes(), self.store.step
-        if nodes is not None:
+        if nodes is not None and step is not None:
             self.settle(step.tree, step.root_rows, nodes)

@@ -56,7 +56,7 @@ class TreeRejectionSampler(RejectionSampler):
         ``pos`` holds the linear positions of the rows; a row is sampled for the one of its depth.
         """
         sampler = self.sampler
-        pos = pos + self.store.shift(expanded_idx_mapping, expanded_local_pos)
+        pos = pos + self.store.next_shifts(len(pos))
         processed = sampler.apply_sampling_params(
             logits,
             expanded_idx_mapping,

@@ -34,7 +34,7 @@ from vllm_msd.roofline.scratch import float_rows, verification_rows
 from vllm_msd.tree import TreeRows
 from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
 from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
-from vllm_msd.vllm_plugin.gpu.backend import register_attention, reserve_kv
+from vllm_msd.vllm_plugin.gpu.backend import provide_workspace, register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
 from vllm_msd.vllm_plugin.gpu.head import DraftHead
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
@@ -82,6 +82,7 @@ class TreeSpeculator(ChainSpeculator):
             )
         target_model.get_model_state_cls = lambda: TreeModelState
         self.target_logits = target_model.compute_logits
+        provide_workspace(self.vllm_config, self.device)
         self.head = DraftHead(self.model)
         columns = self.head.columns
         self.requests_at_once = requests_at_once(self.vllm_config, columns, self.dtype.itemsize)

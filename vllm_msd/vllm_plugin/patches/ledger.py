@@ -105,6 +105,8 @@ PATCHES: tuple[Patch, ...] = (
                 "from vllm.v1.worker.gpu.spec_decode import init_speculator",
             ),
             ("vllm.v1.worker.gpu.model_runner", "self.speculator = init_speculator("),
+            # Requests with drafts come first in a batch, see `gpu.split`.
+            ("vllm.v1.worker.gpu.model_runner", "not draft_tokens.get(r),"),
         ),
     ),
     Patch(

@@ -5,6 +5,8 @@ these cases and nobody would notice.
 """
 
 import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vllm_msd.vllm_plugin.patches.patching import SUPPORTED_RANGE, PatchError, vllm_version
 
@@ -15,27 +17,38 @@ def check_overrides(cls: type) -> None:
     """Compare each method marked with `typing_extensions.override` with what it replaces.
 
     Parameter names must be the same; a method that ends in ``*args, **kwargs`` has to name the
-    first ones only.
+    first ones only, and further ones of ours need a default. Methods of bases of ours count, as a
+    class mixed in before vLLM's has nothing to replace by itself.
 
     Raises:
         PatchError: vLLM has no such method, or it takes other parameters.
     """
-    for name, method in vars(cls).items():
-        if not getattr(method, "__override__", False):
-            continue
-        replaced = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
-        where = f"{cls.__mro__[1].__name__}.{name}"
-        if replaced is None:
-            raise PatchError(_message(f"{where} is missing"))
-        ours, theirs = _parameters(method), list(inspect.signature(replaced).parameters)
-        open_ended = len(ours) < len(inspect.signature(method).parameters)
-        if ours != (theirs[: len(ours)] if open_ended else theirs):
-            raise PatchError(_message(f"{where} takes {theirs}, expected {ours}"))
+    mro = cls.__mro__
+    for place, owner in enumerate(mro):
+        if owner is cls or owner.__module__.startswith("vllm_msd."):
+            for name, method in vars(owner).items():
+                if getattr(method, "__override__", False):
+                    _check(name, method, mro[place + 1 :])
 
 
-def _parameters(method: object) -> list[str]:
+def _check(name: str, method: Callable[..., Any], bases: Sequence[type]) -> None:
+    replaced = next((vars(base)[name] for base in bases if name in vars(base)), None)
+    where = f"{bases[0].__name__}.{name}"
+    if replaced is None:
+        raise PatchError(_message(f"{where} is missing"))
+    theirs = list(inspect.signature(replaced).parameters)
+    ours = _parameters(method, len(theirs))
+    open_ended = any(p.kind in _VARIABLE for p in inspect.signature(method).parameters.values())
+    if ours != (theirs[: len(ours)] if open_ended else theirs):
+        raise PatchError(_message(f"{where} takes {theirs}, expected {ours}"))
+
+
+def _parameters(method: Callable[..., Any], expected: int) -> list[str]:
+    """Names of a method's parameters; beyond the expected number, of those without a default."""
     parameters = inspect.signature(method).parameters.values()
-    return [p.name for p in parameters if p.kind not in _VARIABLE]
+    named = [p for p in parameters if p.kind not in _VARIABLE]
+    more = [p for p in named[expected:] if p.default is inspect.Parameter.empty]
+    return [p.name for p in named[:expected] + more]
 
 
 def _message(problem: str) -> str:
