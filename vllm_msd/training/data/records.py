@@ -23,7 +23,7 @@ from typing import Any
 
 PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
-_ROLES = {
+ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
     "system": "system",
@@ -92,11 +92,15 @@ def parse_record(raw: Any) -> Record:
     return Record(messages, images, _text(kind, "kind") if isinstance(kind, str) else None)
 
 
+def filled_name(table: Mapping[str, Any], *names: str) -> str | None:
+    """The first of a thing's spellings that holds something, else one that is there."""
+    there = [name for name in names if table.get(name) is not None]
+    return next((n for n in there if not _is_empty(table[n])), there[0] if there else None)
+
+
 def _filled(table: Mapping[str, Any], *names: str) -> Any:
-    """The first of a thing's spellings that holds something, else what is there."""
-    values = [table[name] for name in names if name in table]
-    there = [value for value in values if value is not None]
-    return next((v for v in there if not _is_empty(v)), there[0] if there else None)
+    name = filled_name(table, *names)
+    return None if name is None else table[name]
 
 
 def _is_empty(value: Any) -> bool:
@@ -134,7 +138,7 @@ def _turn(number: int, turn: Any) -> _Turn:
     if not isinstance(turn, Mapping):
         raise BadRecordError(f"{where}: got {_kind_of(turn)}, expected a table")
     name = _filled(turn, "from", "role")
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise BadRecordError(f"{where}: got the speaker {name!r:.40}, expected human or gpt")
     content = _filled(turn, "value", "content")
