@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,11 @@ class ChatServer(ThreadingHTTPServer):
         self.headers_seen: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away in the middle is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def __enter__(self) -> ChatServer:
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -70,7 +76,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(*((200, models) if self.path == "/v1/models" else (200, {})))
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:
+            raise ConnectionAbortedError
+        body = json.loads(content)
         self.server.asked.append(body)
         self.server.headers_seen = dict(self.headers)
         self._send(*self.server.respond(body))
