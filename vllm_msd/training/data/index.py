@@ -147,11 +147,21 @@ def image_roots(roots: Sequence[str], files: Sequence[RecordFile]) -> list[Path]
 def _scan(path: Path) -> Iterator[tuple[int, int, int, Any]]:
     """Start, end, line and content of every record, in order."""
     with path.open("rb") as file:
-        first = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        start = file.read(4096)
+        first = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         file.seek(0)
         if not first:
             raise DataError(f"{path} is empty. Give a JSON or JSONL file.")
+        _check_encoding(path, start)
         yield from _scan_list(path, file) if first == b"[" else _scan_lines(path, file)
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    """Name what a file is that is no text in UTF-8, by its first bytes."""
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"PAR1")):
+        raise DataError(f"{path}: got compressed data, expected JSON or JSONL. Unpack it first.")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:4]:
+        raise DataError(f"{path}: got text in UTF-16 or UTF-32, expected UTF-8. Save it as UTF-8.")
 
 
 def _scan_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]]:
@@ -164,7 +174,7 @@ def _scan_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any
             except _BAD_JSON as error:
                 raise DataError(
                     f"{path}, line {line}: not valid JSON: {_reason(error)}. A JSONL file holds "
-                    "one record per line."
+                    "one record per line, a JSON file a list of records."
                 ) from error
             yield start + len(content) - len(text), start + len(content), line, raw
         start += len(content)

@@ -13,8 +13,9 @@
 
 `image` (or `images`) is a path or data URL, a list of them, or absent. `id` may be anything. Each
 `<image>` in the text, and each image part that names none, stands for the next image of the record;
-images without any of these come first in the first question. Where a record has two spellings of
-one thing, the one that is not empty counts.
+images without any of these come first in the first question. A record's `system` stands for a
+system turn at the beginning, where there is none. Where a record has two spellings of one thing,
+the one that is not empty counts.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ VIDEO_PLACEHOLDER = "<video>"
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
-    "system": "system",
+    "system": "system", "developer": "system",
 }  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -53,8 +54,9 @@ class Record:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Role, parts, and the images that image parts name (None: the record's next one)."""
+    """Number, role, parts, and images that image parts name (None: the record's next one)."""
 
+    number: int
     role: str
     parts: list[dict[str, Any]]
     images: list[str | None]
@@ -74,7 +76,11 @@ def parse_record(raw: Any) -> Record:
     if not isinstance(spoken, list):
         raise BadRecordError(f"conversations: got {_kind_of(spoken)}, expected a list of turns")
     own = _images(_filled(raw, "image", "images"))
-    turns = [_turn(number, turn) for number, turn in enumerate(spoken, 1)]
+    turns = [
+        _turn(number, turn) for number, turn in enumerate(spoken, 1) if not _is_no_system(turn)
+    ]
+    if not _is_empty(raw.get("system")) and not any(turn.role == "system" for turn in turns):
+        turns.insert(0, _turn(0, {"role": "system", "content": raw["system"]}))
     named = [name for turn in turns for name in turn.images]
     open_places = named.count(None)
     if own == named:
@@ -134,7 +140,7 @@ def _image(value: Any, what: str) -> str:
 
 
 def _turn(number: int, turn: Any) -> _Turn:
-    where = f"turn {number}"
+    where = f"turn {number}" if number else "system"
     if not isinstance(turn, Mapping):
         raise BadRecordError(f"{where}: got {_kind_of(turn)}, expected a table")
     name = _filled(turn, "from", "role")
@@ -161,7 +167,15 @@ def _turn(number: int, turn: Any) -> _Turn:
         images += [None for part in found if part["type"] == "image"]
     if images and role != "user":
         raise BadRecordError(f"{where}: an image inside what the {role} says")
-    return _Turn(role, parts or [{"type": "text", "text": ""}], images)
+    return _Turn(number, role, parts or [{"type": "text", "text": ""}], images)
+
+
+def _is_no_system(turn: Any) -> bool:
+    """Whether a turn is a system's that says nothing at all (null, which is not the empty text)."""
+    if not isinstance(turn, Mapping) or _filled(turn, "value", "content") is not None:
+        return False
+    name = _filled(turn, "from", "role")
+    return isinstance(name, str) and ROLES.get(name) == "system"
 
 
 def _piece(piece: Any, where: str) -> tuple[str | None, str | None]:
@@ -193,7 +207,8 @@ def _alternating(turns: list[_Turn]) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     wanted = "user"
-    for number, turn in enumerate(turns, 1):
+    for turn in turns:
+        number = turn.number
         if turn.role == "system":
             if messages:
                 raise BadRecordError(f"turn {number}: a system turn in the middle")
