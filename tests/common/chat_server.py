@@ -101,10 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--leak", type=int, default=0, help="KiB that each request leaves behind")
     args = parser.parse_args()
+    lost = []
 
     def respond(body: dict[str, Any]) -> Answer:
         time.sleep(args.delay)
+        lost.append(b"\1" * (args.leak << 10))
         return digest(body)
 
     ChatServer(args.port, respond).serve_forever()
