@@ -1,4 +1,4 @@
-"""`train` and `convert` killed at random moments and started again, until they reach their end.
+"""`train`, `convert` and `regenerate` killed at random moments and started again, to their end.
 
 Every run is a process of its own, forked from one that has imported everything, so that a kill
 meets the work and not the start. A run is killed once, then started again as a user would, and its
@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,9 @@ _MET = ("not at all", "before a step", "between steps", "after the last step")
 
 
 def killed(what: str, kills: int, seed: int, timeout: float = 7200) -> dict[str, Any]:
-    """Kill ``train`` or ``convert`` so often, in a fresh process; returns `_train`'s table.
+    """Kill ``train``, ``convert`` or ``regenerate`` so often, in a fresh process.
+
+    Returns `_train`'s table.
 
     Raises:
         RuntimeError: a result is another one, or was half-written and taken for whole.
@@ -159,6 +162,59 @@ def _convert(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
 
 
+def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill regenerations so often, most of them several times; what the kills found in journals."""
+    from tests.common.conversations import write_conversations
+
+    _, data = write_conversations(folder / "data", 60)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    said = [sys.executable, "-m", "tests.common.chat_server", port, "--delay", "0.01"]
+    server = subprocess.Popen(said, cwd=REPOSITORY)
+
+    def command(output: Path) -> list[str]:
+        return ["regenerate", "--data", str(data), "--output", str(output), "--concurrency", "4",
+                "--server", f"http://127.0.0.1:{port}"]  # fmt: skip
+
+    try:
+        _expect(_run(command(folder / "first.json")), "the first run")  # waits for the server
+        started = time.monotonic()
+        _expect(_run(command(folder / "whole.json")), "the unbroken run")
+        seconds = time.monotonic() - started
+        expected = (folder / "whole.json").read_bytes()
+        met = {"nothing done": 0, "some done": 0, "all done": 0, "not at all": 0}
+        for number in count():
+            if sum(met.values()) - met["not at all"] >= kills:
+                break
+            output = folder / f"run-{number}.json"
+            journal = output.with_name(output.name + ".journal")
+            while True:
+                code, said_then = _run(command(output), rng.uniform(0.3, 1.0) * seconds)
+                if code is not None:
+                    _expect((code, said_then), f"run {number}")
+                    met["not at all"] += 1
+                    break
+                if output.exists() and output.read_bytes() != expected:
+                    raise RuntimeError(f"run {number}: a half-written output")
+                lines = journal.read_text().count("\n") - 1 if journal.exists() else 0
+                is_done = output.exists() or lines == 60
+                met["all done" if is_done else "some done" if lines > 0 else "nothing done"] += 1
+                if output.exists() and not journal.exists():
+                    break
+            if output.read_bytes() != expected:
+                raise RuntimeError(f"run {number}: another output, {met}")
+            left = {p.name for p in folder.glob(output.name + "*")} - {output.name}
+            if left:
+                raise RuntimeError(f"run {number}: left behind: {left}")
+            output.unlink()
+    finally:
+        server.kill()
+        server.wait()
+    kills = sum(met.values()) - met["not at all"]  # the last run's were not broken off
+    return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
+
+
 def _write_large_draft(folder: Path) -> None:
     """A draft of 120 MB, so that kills meet its writing."""
     import torch
@@ -233,15 +289,16 @@ def _run_alone(work: Any) -> bool:
 def main() -> None:
     """Print one table; exits with a traceback when a result differs."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("train", "convert"))
+    parser.add_argument("what", choices=("train", "convert", "regenerate"))
     parser.add_argument("kills", type=int)
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
     # Imported here once, for every fork.
     import vllm_msd.checkpoint
+    import vllm_msd.regenerate
     import vllm_msd.training.engine  # noqa: F401
 
-    work = {"train": _train, "convert": _convert}[args.what]
+    work = {"train": _train, "convert": _convert, "regenerate": _regenerate}[args.what]
     with tempfile.TemporaryDirectory() as folder:
         found = work(Path(folder), args.kills, random.Random(args.seed))
     print(json.dumps(found))

@@ -72,16 +72,15 @@ def start_server(
     cores: set[int],
     options: Sequence[str] = (),
     command: Sequence[str] = ("bash", str(REPOSITORY / "examples" / "serve.sh")),
+    port: int = 0,
 ) -> Server:
     """Start the demo pair's server and wait until it answers.
 
     ``environment`` and ``cores`` are those of a fresh process: an engine inside the test process
     changes both, and a subprocess would inherit one core of the machine's. ``options`` are further
-    ones of ``vllm serve``.
+    ones of ``vllm serve``. ``port``: of 127.0.0.1; 0 takes a free one.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = port or free_port()
     log = folder / "server.log"
     given = ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8"]
     given += ["--max-model-len", str(MAX_MODEL_LEN), "--limit-mm-per-prompt", '{"image": 2}']
@@ -102,6 +101,13 @@ def start_server(
             raise RuntimeError(f"the server did not come up; its log ends\n{log_end(log)}")
         time.sleep(0.5)
     return server
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @dataclass

@@ -15,6 +15,7 @@ ORDER = (
     ("",),  # the modules beside the rooms: errors, provenance, ...
     ("draft", "tree", "checkpoint", "kernels"),
     ("training", "roofline"),
+    ("regenerate",),
     ("vllm_plugin",),
     ("measure",),
     ("demo",),

@@ -29,9 +29,8 @@ from vllm_msd.training.data.batches import (
     StepData,
     StepDataset,
     collate,
-    image_roots,
 )
-from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.data.index import RecordFile, image_roots
 from vllm_msd.training.data.plan import DataPlan, seeded, share_of_multimodal
 from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
 from vllm_msd.training.initial import draft_config, initial_draft

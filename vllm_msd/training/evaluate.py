@@ -18,8 +18,8 @@ from vllm_msd.training.acceptance import (
     summary,
     tree_acceptance,
 )
-from vllm_msd.training.data.batches import image_roots, kind_of
-from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.data.batches import kind_of
+from vllm_msd.training.data.index import RecordFile, image_roots
 from vllm_msd.training.settings import VISUAL_ROWS
 from vllm_msd.training.targets import Target
 from vllm_msd.tree import TreeConfig

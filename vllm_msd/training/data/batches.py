@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -243,16 +242,3 @@ def _join(values: list[Tensor]) -> Tensor:
             grown.append(out)
         values = grown
     return torch.cat(values)
-
-
-def image_roots(roots: Sequence[str], files: Sequence[RecordFile]) -> list[Path]:
-    """Where images are looked for: the given folders, or those of the data.
-
-    Raises:
-        DataError: one of the folders is missing.
-    """
-    found = [Path(root).expanduser() for root in roots] or [f.path.parent for f in files]
-    for folder in found:
-        if not folder.is_dir():
-            raise DataError(f"image_root: {folder} is not a folder. Give one that is there.")
-    return list(dict.fromkeys(found))

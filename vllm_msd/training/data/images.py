@@ -6,7 +6,8 @@ first frame. A test compares every mode and format with vLLM's own loading.
 
 import base64
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -37,14 +38,34 @@ def load_image(source: str, roots: list[Path]) -> Image.Image:
     Raises:
         BadRecordError: there is no such file, or it is no picture that vLLM would serve.
     """
-    name = source if len(source) <= 80 else source[:77] + "..."
-    content = _content(source, name, roots)
-    try:
+    content = _content(source, _short(source), roots)
+    with _refusing(source):
         return decode_image(content)
+
+
+def data_url(source: str, roots: list[Path]) -> str:
+    """A record's picture as a base64 data URL, its file unchanged: an API decodes it as vLLM does.
+
+    Args and raises as `load_image`, but that only the file's beginning is looked at.
+    """
+    content = _content(source, _short(source), roots)
+    with _refusing(source), Image.open(BytesIO(content), formats=FORMATS) as image:
+        kind = Image.MIME.get(image.format or "", "image/png")
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _short(source: str) -> str:
+    return source if len(source) <= 80 else source[:77] + "..."
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    try:
+        yield
     # Pillow reports damage in many ways: SyntaxError for a broken PNG, struct.error, KeyError.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise BadRecordError(f"image {name} cannot be read: {reason}") from error
+        raise BadRecordError(f"image {_short(source)} cannot be read: {reason}") from error
 
 
 def decode_image(content: bytes) -> Image.Image:

@@ -7,7 +7,7 @@ one, in any order, by any number of processes.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,12 +51,18 @@ class RecordFile:
         weights: int64 [N], rough length of each record, for putting like beside like.
     """
 
-    def __init__(self, path: str | Path, with_images: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        with_images: bool = True,
+        parse: Callable[[Any], Record] = parse_record,
+    ) -> None:
         """Index a file.
 
         Args:
             path: JSON (a list of tables) or JSONL.
             with_images: whether records may have images; otherwise those that do are left out.
+            parse: makes a record of what stands in the file, or raises BadRecordError.
 
         Raises:
             DataError: the file is missing, malformed (the line is named) or without a usable
@@ -64,6 +70,7 @@ class RecordFile:
         """
         self.path = Path(path).expanduser()
         self.name = self.path.name.removesuffix(".gz").rsplit(".", 1)[0]
+        self.parse = parse
         self.bad: list[BadRecord] = []
         self.num_found = 0
         spans: list[tuple[int, int, int]] = []
@@ -72,7 +79,7 @@ class RecordFile:
             for start, end, line, raw in _scan(self.path):
                 self.num_found += 1
                 try:
-                    record = parse_record(raw)
+                    record = parse(raw)
                     if record.images and not with_images:
                         raise BadRecordError("an image in text-only data")
                 except BadRecordError as error:
@@ -100,13 +107,20 @@ class RecordFile:
         return int(self._spans[number, 2])
 
     def __getitem__(self, number: int) -> Record:
+        return self._read(number, self.parse)
+
+    def raw(self, number: int) -> Any:
+        """A record as it stands in the file."""
+        return self._read(number, lambda raw: raw)
+
+    def _read(self, number: int, parse: Callable[[Any], Any]) -> Any:
         start, end, line = self._spans[number].tolist()
         try:
             # A handle shared with a forked process would share its position too.
             if self._file is None or self._owner != os.getpid():
                 self._file, self._owner = self.path.open("rb"), os.getpid()
             self._file.seek(start)
-            return parse_record(json.loads(self._file.read(end - start)))
+            return parse(json.loads(self._file.read(end - start)))
         except (OSError, *_BAD_JSON, BadRecordError) as error:
             raise DataError(
                 f"{self.path}, line {line}: it was a record when the file was first read, and is "
@@ -117,14 +131,37 @@ class RecordFile:
         return {**self.__dict__, "_file": None}
 
 
+def image_roots(roots: Sequence[str], files: Sequence[RecordFile]) -> list[Path]:
+    """Where images are looked for: the given folders, or those of the data.
+
+    Raises:
+        DataError: one of the folders is missing.
+    """
+    found = [Path(root).expanduser() for root in roots] or [f.path.parent for f in files]
+    for folder in found:
+        if not folder.is_dir():
+            raise DataError(f"image_root: {folder} is not a folder. Give one that is there.")
+    return list(dict.fromkeys(found))
+
+
 def _scan(path: Path) -> Iterator[tuple[int, int, int, Any]]:
     """Start, end, line and content of every record, in order."""
     with path.open("rb") as file:
-        first = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        start = file.read(4096)
+        first = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         file.seek(0)
         if not first:
             raise DataError(f"{path} is empty. Give a JSON or JSONL file.")
+        _check_encoding(path, start)
         yield from _scan_list(path, file) if first == b"[" else _scan_lines(path, file)
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    """Name what a file is that is no text in UTF-8, by its first bytes."""
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"PAR1")):
+        raise DataError(f"{path}: got compressed data, expected JSON or JSONL. Unpack it first.")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:4]:
+        raise DataError(f"{path}: got text in UTF-16 or UTF-32, expected UTF-8. Save it as UTF-8.")
 
 
 def _scan_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any]]:
@@ -137,7 +174,7 @@ def _scan_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, int, int, Any
             except _BAD_JSON as error:
                 raise DataError(
                     f"{path}, line {line}: not valid JSON: {_reason(error)}. A JSONL file holds "
-                    "one record per line."
+                    "one record per line, a JSON file a list of records."
                 ) from error
             yield start + len(content) - len(text), start + len(content), line, raw
         start += len(content)

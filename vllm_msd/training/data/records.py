@@ -13,8 +13,9 @@
 
 `image` (or `images`) is a path or data URL, a list of them, or absent. `id` may be anything. Each
 `<image>` in the text, and each image part that names none, stands for the next image of the record;
-images without any of these come first in the first question. Where a record has two spellings of
-one thing, the one that is not empty counts.
+images without any of these come first in the first question. A record's `system` stands for a
+system turn at the beginning, where there is none. Where a record has two spellings of one thing,
+the one that is not empty counts.
 """
 
 from collections.abc import Mapping
@@ -23,10 +24,10 @@ from typing import Any
 
 PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
-_ROLES = {
+ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant",
-    "system": "system",
+    "system": "system", "developer": "system",
 }  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -53,8 +54,9 @@ class Record:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Role, parts, and the images that image parts name (None: the record's next one)."""
+    """Number, role, parts, and images that image parts name (None: the record's next one)."""
 
+    number: int
     role: str
     parts: list[dict[str, Any]]
     images: list[str | None]
@@ -74,7 +76,11 @@ def parse_record(raw: Any) -> Record:
     if not isinstance(spoken, list):
         raise BadRecordError(f"conversations: got {_kind_of(spoken)}, expected a list of turns")
     own = _images(_filled(raw, "image", "images"))
-    turns = [_turn(number, turn) for number, turn in enumerate(spoken, 1)]
+    turns = [
+        _turn(number, turn) for number, turn in enumerate(spoken, 1) if not _is_no_system(turn)
+    ]
+    if not _is_empty(raw.get("system")) and not any(turn.role == "system" for turn in turns):
+        turns.insert(0, _turn(0, {"role": "system", "content": raw["system"]}))
     named = [name for turn in turns for name in turn.images]
     open_places = named.count(None)
     if own == named:
@@ -92,11 +98,15 @@ def parse_record(raw: Any) -> Record:
     return Record(messages, images, _text(kind, "kind") if isinstance(kind, str) else None)
 
 
+def filled_name(table: Mapping[str, Any], *names: str) -> str | None:
+    """The first of a thing's spellings that holds something, else one that is there."""
+    there = [name for name in names if table.get(name) is not None]
+    return next((n for n in there if not _is_empty(table[n])), there[0] if there else None)
+
+
 def _filled(table: Mapping[str, Any], *names: str) -> Any:
-    """The first of a thing's spellings that holds something, else what is there."""
-    values = [table[name] for name in names if name in table]
-    there = [value for value in values if value is not None]
-    return next((v for v in there if not _is_empty(v)), there[0] if there else None)
+    name = filled_name(table, *names)
+    return None if name is None else table[name]
 
 
 def _is_empty(value: Any) -> bool:
@@ -130,11 +140,11 @@ def _image(value: Any, what: str) -> str:
 
 
 def _turn(number: int, turn: Any) -> _Turn:
-    where = f"turn {number}"
+    where = f"turn {number}" if number else "system"
     if not isinstance(turn, Mapping):
         raise BadRecordError(f"{where}: got {_kind_of(turn)}, expected a table")
     name = _filled(turn, "from", "role")
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise BadRecordError(f"{where}: got the speaker {name!r:.40}, expected human or gpt")
     content = _filled(turn, "value", "content")
@@ -157,7 +167,15 @@ def _turn(number: int, turn: Any) -> _Turn:
         images += [None for part in found if part["type"] == "image"]
     if images and role != "user":
         raise BadRecordError(f"{where}: an image inside what the {role} says")
-    return _Turn(role, parts or [{"type": "text", "text": ""}], images)
+    return _Turn(number, role, parts or [{"type": "text", "text": ""}], images)
+
+
+def _is_no_system(turn: Any) -> bool:
+    """Whether a turn is a system's that says nothing at all (null, which is not the empty text)."""
+    if not isinstance(turn, Mapping) or _filled(turn, "value", "content") is not None:
+        return False
+    name = _filled(turn, "from", "role")
+    return isinstance(name, str) and ROLES.get(name) == "system"
 
 
 def _piece(piece: Any, where: str) -> tuple[str | None, str | None]:
@@ -189,7 +207,8 @@ def _alternating(turns: list[_Turn]) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     wanted = "user"
-    for number, turn in enumerate(turns, 1):
+    for turn in turns:
+        number = turn.number
         if turn.role == "system":
             if messages:
                 raise BadRecordError(f"turn {number}: a system turn in the middle")

@@ -1,0 +1,106 @@
+"""Records with other replies than those they were written with; everything else stays as it is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_msd.training.data.records import (
+    ROLES,
+    BadRecordError,
+    Record,
+    filled_name,
+    parse_record,
+)
+
+_ANY = "-"
+
+
+def parse_questions(raw: Any) -> Record:
+    """A record of which only the questions count: each of them has a reply, of no meaning.
+
+    So a reply may be missing, at the end too, or empty, or hold what no reply may hold.
+
+    Raises:
+        BadRecordError: it is not a conversation with at least one question.
+    """
+    turns = _turns(raw)
+    return parse_record(raw if turns is None else _replaced(raw, [_ANY] * len(turns)))
+
+
+def with_replies(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Any]:
+    """A record's questions with these replies, in the record's own spelling.
+
+    Replies before the first question are left out. With fewer replies than questions the record
+    ends after the last reply, and images of later questions are left out too.
+
+    Args:
+        raw: a record that `parse_questions` reads.
+        replies: to the first questions, one each; at least one.
+
+    Raises:
+        BadRecordError: a reply that no record can hold.
+    """
+    record = _replaced(raw, replies)
+    name = filled_name(raw, "image", "images")
+    if name is None or not raw[name]:
+        parse_record(record)
+        return record
+    images = raw[name] if isinstance(raw[name], list) else [raw[name]]
+    # Without a place for any of them, all belong to the first question.
+    all_first = _can_be_read(_replaced(raw, [_ANY] * len(_turns(raw) or [])) | {name: []})
+    for count in (*([len(images)] if all_first else []), *range(len(images) + 1)):
+        kept = raw[name] if count == len(images) else images[:count]
+        if _can_be_read(record | {name: kept}):
+            return record | {name: kept}
+    parse_record(record)  # says what is wrong
+    raise BadRecordError("its images fit no part of the conversation")
+
+
+def _can_be_read(record: Mapping[str, Any]) -> bool:
+    try:
+        parse_record(record)
+    except BadRecordError:
+        return False
+    return True
+
+
+def _turns(raw: Any) -> list[Any] | None:
+    name = filled_name(raw, "conversations", "messages") if isinstance(raw, Mapping) else None
+    return raw[name] if name and isinstance(raw[name], list) else None
+
+
+def _replaced(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Any]:
+    turns: list[Any] = []
+    used, question = 0, None  # the last question, for its spelling
+    for turn in _turns(raw) or []:
+        role = _role(turn)
+        if role == "assistant" and question is None:
+            continue
+        if used == len(replies) and role in ("user", "assistant"):
+            break
+        if role == "user":
+            question = turn
+        elif role == "assistant":
+            turn = _saying(turn, replies[used])
+            used += 1
+        turns.append(turn)
+    if used < len(replies) and turns and _role(turns[-1]) == "user":
+        named = "from" in turns[-1]
+        turns.append(
+            {"from": "gpt", "value": replies[used]}
+            if named
+            else {"role": "assistant", "content": replies[used]}
+        )
+    name = filled_name(raw, "conversations", "messages")
+    return {**raw, str(name): turns}
+
+
+def _role(turn: Any) -> str | None:
+    name = filled_name(turn, "from", "role") if isinstance(turn, Mapping) else None
+    spoken = turn[name] if name else None
+    return ROLES.get(spoken) if isinstance(spoken, str) else None
+
+
+def _saying(turn: Mapping[str, Any], text: str) -> dict[str, Any]:
+    name = filled_name(turn, "value", "content") or ("value" if "from" in turn else "content")
+    is_parts = isinstance(turn.get(name), list)
+    return {**turn, name: [{"type": "text", "text": text}] if is_parts else text}
