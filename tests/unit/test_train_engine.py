@@ -20,6 +20,7 @@ from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.training import TrainSettings
 from vllm_msd.training.engine import Trainer
 from vllm_msd.training.losses import draft_loss, row_distances, token_losses
+from vllm_msd.training.settings import LOSSES
 from vllm_msd.training.targets import Target
 
 
@@ -28,14 +29,69 @@ def test_chunked_losses_equal_the_definition(chunk):
     torch.manual_seed(0)
     head, target = torch.randn(50, 8), torch.randn(7, 8)
     predicted = torch.randn(2, 7, 8, requires_grad=True)
-    surprise, agrees = token_losses(predicted, target, head, chunk)
-    total = row_distances(predicted, target).mean() + 0.1 * surprise.mean()
+    tokens = token_losses(predicted, target, head, chunk=chunk)
+    total = row_distances(predicted, target).mean() + 0.1 * tokens.loss.mean()
     gradient = torch.autograd.grad(total, predicted)[0]
     wanted = [draft_loss(p, target, p @ head.T, target @ head.T, torch.ones(7)) for p in predicted]
     expected = (wanted[0].total + wanted[1].total) / 2
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(gradient, torch.autograd.grad(expected, predicted)[0], atol=1e-6)
-    assert torch.equal(agrees, (predicted @ head.T).argmax(-1) == (target @ head.T).argmax(-1))
+
+
+def full_matrix_losses(predicted, target, head, name, ids):
+    """`token_losses` as its docstring puts it: the loss for autograd, and the other figures."""
+    p = (target @ head.T).softmax(-1)
+    choice = p.argmax(-1)
+    ids = torch.arange(len(head)) if ids is None else ids
+    p, logits = p[:, ids], predicted @ head[ids].T
+    log_q = logits.log_softmax(-1)
+    surprise, acceptance = -(p * log_q).sum(-1), torch.minimum(p, log_q.exp()).sum(-1)
+    divergence = (p * (p.log() - log_q)).sum(-1)
+    weight = torch.exp(-3 * acceptance.detach())
+    hybrid = weight * divergence + (1 - weight) * (1 - acceptance)
+    loss = {"msd": surprise, "kl": divergence, "lk": hybrid}[name]
+    return loss, surprise, acceptance, ids[logits.argmax(-1)] == choice
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("vocabulary", [None, 20], ids=["whole vocabulary", "draft vocabulary"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_equal_autograd_on_the_full_matrix(name, vocabulary, chunk):
+    torch.manual_seed(0)
+    head, target = 0.7 * torch.randn(50, 8), torch.randn(7, 8)
+    predicted = (target + 0.5 * torch.randn(2, 7, 8)).requires_grad_()
+    ids = None if vocabulary is None else torch.randperm(50)[:vocabulary]
+    found = token_losses(predicted, target, head, name, ids, chunk)
+    expected = full_matrix_losses(predicted, target, head, name, ids)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(got.float(), wanted.float(), atol=1e-5)
+    weights = torch.rand(2, 7)
+    gradient = torch.autograd.grad((weights * found.loss).sum(), predicted)[0]
+    wanted = torch.autograd.grad((weights * expected[0]).sum(), predicted)[0]
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+    assert gradient.abs().max() > 1e-2
+
+
+def test_a_draft_vocabulary_of_everything_changes_nothing():
+    torch.manual_seed(0)
+    head, target, predicted = torch.randn(50, 8), torch.randn(7, 8), torch.randn(1, 7, 8)
+    for name in LOSSES:
+        whole = token_losses(predicted, target, head, name)
+        again = token_losses(predicted, target, head, name, torch.arange(50))
+        assert all(map(torch.equal, whole, again))
+
+
+def test_rows_whose_token_cannot_be_drafted_do_not_count():
+    target, head = torch.eye(4)[:1] * 30, torch.eye(4)  # sure of token 0
+    predicted = torch.randn(1, 1, 4, requires_grad=True)
+    found = token_losses(predicted, target, head, "msd", torch.tensor([2, 3]))
+    assert found.loss.item() == pytest.approx(0, abs=1e-6)
+    assert not found.agrees.any() and found.acceptance.item() < 1e-6
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="got 'l2', expected one of msd, kl, lk"):
+        token_losses(torch.zeros(1, 1, 4), torch.zeros(1, 4), torch.zeros(5, 4), "l2")
 
 
 def losses(run: Path) -> list[float]:

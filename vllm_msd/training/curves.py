@@ -50,8 +50,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     losses, agreement, mix, acceptance = figure.subplots(2, 2).flatten()
     at = [row["step"] for row in steps]
     losses.plot(at, [row["loss"] for row in steps], label="weighted sum")
-    for name in ("regression", "distillation"):
-        losses.plot(at, [row[name][0] for row in steps], label=name)
+    for name in ("regression", "cross_entropy"):
+        losses.plot(at, [row[name][0] for row in steps], label=name.replace("_", "-"))
     losses.set_title("losses (first step)")
     depth = len(steps[0]["agreement"]) if steps else 0
     for k in range(depth):

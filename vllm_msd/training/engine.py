@@ -40,7 +40,7 @@ from vllm_msd.training.results import Results
 from vllm_msd.training.run_files import RunFolder, describe_data
 from vllm_msd.training.settings import TrainSettings
 from vllm_msd.training.targets import Features, Target
-from vllm_msd.training.window import Window
+from vllm_msd.training.window import FIGURES, Window
 
 _NOISE = 102  # a stream of random numbers beside those of the data
 
@@ -130,7 +130,7 @@ class Trainer:
         s = self.settings
         self.config = draft_config(self.target, s.target_name, s.layers, s.layer_type)
         draft = initial_draft(self.target, self.config, s.init, s.seed)
-        weights = LossWeights(s.regression_weight, s.distillation_weight, s.step_decay)
+        weights = LossWeights(s.loss, s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
         optimizer = torch.optim.AdamW(
             objective.parameters(),
@@ -257,7 +257,7 @@ class Trainer:
         self._check_bad(int(num_bad))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(data.step)
-        sums = torch.zeros(3, s.draft_steps, device=self.device)
+        sums = torch.zeros(len(FIGURES), s.draft_steps, device=self.device)
         loss_sum = torch.zeros((), device=self.device)
         tokens = 0
         for number, (examples, known) in enumerate(zip(micro, cached, strict=True), 1):

@@ -12,8 +12,13 @@ from vllm_msd.training.unroll import unroll
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the two losses (arXiv 2505.14260) and of the drafting steps after the first."""
+    """Which loss, and weights of its parts and of the drafting steps after the first.
 
+    loss: one of `settings.LOSSES`. regression, distillation: of the two parts of ``msd``; the
+    others have tokens alone.
+    """
+
+    loss: str = "msd"
     regression: float = 1.0
     distillation: float = 0.1
     step_decay: float = 0.8
@@ -54,18 +59,22 @@ class DraftObjective(nn.Module):
             head: ``[V, H]`` the target's head.
 
         Returns:
-            The weighted loss's sum, and float32 ``[3, K]`` without gradient: by drafting step the
-            sums of the regression and the distillation loss, and the rows that agree.
+            The weighted loss's sum, and float32 ``[4, K]`` without gradient: by drafting step the
+            sums of smooth L1, cross-entropy, and probability of acceptance, and the rows that
+            agree (see `window.FIGURES`).
         """
         wanted = hidden[:, 1:][mask[:, :-1]]
         counted = mask.any(0).nonzero()
         first = int(counted[0]) if len(counted) else 0
         outputs = unroll(self.draft, rows, self.steps, self.checkpointing, first)
         predicted = torch.stack([out[mask] for out in outputs])
+        weights = self.weights
         regression = row_distances(predicted, wanted).sum(1)
-        surprise, agrees = token_losses(predicted, wanted, head)
-        distillation = surprise.sum(1)
-        by_step = self.weights.step_decay ** torch.arange(self.steps, device=predicted.device)
-        loss = self.weights.regression * regression + self.weights.distillation * distillation
-        figures = torch.stack([regression, distillation, agrees.sum(1).float()]).detach()
+        tokens = token_losses(predicted, wanted, head, weights.loss)
+        loss = tokens.loss.sum(1)
+        if weights.loss == "msd":
+            loss = weights.regression * regression + weights.distillation * loss
+        by_step = weights.step_decay ** torch.arange(self.steps, device=predicted.device)
+        parts = (tokens.cross_entropy, tokens.acceptance, tokens.agrees.float())
+        figures = torch.stack([regression, *(part.sum(1) for part in parts)]).detach()
         return (by_step * loss).sum(), figures

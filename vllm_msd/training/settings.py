@@ -18,6 +18,7 @@ from vllm_msd.storage import storage_errors
 
 CURRICULA = ("two-stage", "text", "multimodal", "mixed")
 VISUAL_ROWS = ("decoupled", "coupled", "dropped")
+LOSSES = ("msd", "kl", "lk")
 
 
 def _setting(
@@ -105,8 +106,16 @@ class TrainSettings:
         1.0, "curriculum", "share of multimodal records at the end of the ramp", least=0, most=1
     )
 
-    regression_weight: float = _setting(1.0, "loss", "of smooth L1 on hidden states", least=0)
-    distillation_weight: float = _setting(0.1, "loss", "of soft cross-entropy on tokens", least=0)
+    loss: str = _setting(
+        "msd", "loss", "msd: the paper's, hidden states and tokens; kl: tokens alone; lk: KL that "
+        "turns into the probability of acceptance", LOSSES,
+    )  # fmt: skip
+    regression_weight: float = _setting(
+        1.0, "loss", "of smooth L1 on hidden states (msd only)", least=0
+    )
+    distillation_weight: float = _setting(
+        0.1, "loss", "of soft cross-entropy on tokens (msd only)", least=0
+    )
     noise: float = _setting(0.2, "loss", "width of even noise on hidden states", least=0)
     draft_steps: int = _setting(
         1, "loss", "steps drafted from the draft's own outputs; more than 1 goes beyond the paper",

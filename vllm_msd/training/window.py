@@ -11,6 +11,8 @@ from vllm_msd.training.data.plan import MULTIMODAL, DataPlan
 from vllm_msd.training.losses import EPSILON
 
 PHASES = ("data", "target", "draft")
+# Sums that the objective gives by drafting step: smooth L1, nats, probability, share of rows.
+FIGURES = ("regression", "cross_entropy", "acceptance", "agreement")
 
 
 class Window:
@@ -20,7 +22,7 @@ class Window:
         self.depth = depth
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.steps: list[int] = []
-        self.sums = [0.0] * (3 * depth)
+        self.sums = [0.0] * (len(FIGURES) * depth)
         self.loss = self.count = self.tokens = self.norm = 0.0
 
     @contextmanager
@@ -44,17 +46,15 @@ class Window:
     def row(self, step: int, rate: float, plan: DataPlan) -> dict[str, Any]:
         """A line of the log: means over the rows that counted."""
         count = self.count + EPSILON
-        parts = [
-            [value / count for value in self.sums[i * self.depth : (i + 1) * self.depth]]
-            for i in range(3)
-        ]
+        parts = {
+            name: [value / count for value in self.sums[i * self.depth : (i + 1) * self.depth]]
+            for i, name in enumerate(FIGURES)
+        }
         kinds = [kind for s in self.steps for kind, _ in plan.records(s)]
         return {
             "step": step,
             "loss": self.loss / count,
-            "regression": parts[0],
-            "distillation": parts[1],
-            "agreement": parts[2],
+            **parts,
             "multimodal": sum(kind == MULTIMODAL for kind in kinds) / len(kinds),
             "learning_rate": rate,
             "gradient_norm": self.norm / len(self.steps),
