@@ -33,6 +33,7 @@ def main() -> int:
             "fuzz-drafts": lambda: fuzz.drafts(args.examples, args.seed),
             "kill-train": lambda: kills.killed("train", args.kills, args.seed),
             "kill-convert": lambda: kills.killed("convert", args.kills, args.seed),
+            "kill-trim": lambda: kills.killed("trim", args.kills, args.seed),
         }
         for part in args.only or parts:
             started = time.monotonic()

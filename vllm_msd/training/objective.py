@@ -57,6 +57,8 @@ class DraftObjective(nn.Module):
             The weighted loss's sum, and float32 ``[3, K]`` without gradient: by drafting step the
             sums of the regression and the distillation loss, and the rows that agree.
         """
+        if self.draft.token_ids is not None:  # the target's law among the draft's tokens
+            head = head[self.draft.token_ids]
         wanted = hidden[:, 1:][mask[:, :-1]]
         counted = mask.any(0).nonzero()
         first = int(counted[0]) if len(counted) else 0
