@@ -40,7 +40,7 @@ class Recorder:
         is_v2 = hasattr(model_runner, "speculator")
         drafter = model_runner.speculator if is_v2 else model_runner.drafter
         propose, forward, draft = drafter.propose, drafter.model.forward, drafter.model
-        compute_logits = draft.compute_logits
+        column_logits = draft.column_logits
 
         def parents_v1(_: Any) -> Tensor | None:
             return drafter.drafted.parents if hasattr(drafter, "drafted") else None
@@ -96,7 +96,7 @@ class Recorder:
             return outputs
 
         def recording_logits(hidden_states: Tensor) -> Tensor:
-            logits = compute_logits(hidden_states)
+            logits = column_logits(hidden_states)
             if self.last is not None:  # the first of a proposal: one row for each request
                 for key, row in zip(self.last, logits, strict=True):
                     self.rows[key]["logits"] = row.clone()
@@ -105,7 +105,7 @@ class Recorder:
 
         drafter.propose = propose_v2 if is_v2 else propose_v1
         drafter.model.forward = recording_forward
-        drafter.model.compute_logits = recording_logits
+        drafter.model.column_logits = recording_logits
 
     def record_drafts(
         self, ids: Any, starts: list[int], last: Tensor, propose: Any, parents: Any

@@ -82,7 +82,7 @@ class GrowthBatch:
         hidden = torch.randn(len(slots), HIDDEN, generator=g).to(draft.device)
         return cls(draft, shape, place, hidden)
 
-    def by_definition(self) -> DraftTree:
+    def by_definition(self, token_ids: Tensor | None = None) -> DraftTree:
         """Trees of all requests; what padding gets does not matter."""
         fed = []
 
@@ -96,7 +96,7 @@ class GrowthBatch:
 
         roots = torch.zeros(len(self.root_hidden), dtype=torch.int64, device=self.draft.device)
         root_logits = self.draft.logits(self.root_hidden)
-        return grow_tree(roots, root_logits, self.root_hidden, expand, self.shape)
+        return grow_tree(roots, root_logits, self.root_hidden, expand, self.shape, token_ids)
 
     def inputs(self) -> LevelInputs:
         """Buffers longer than the batch needs, full of what nobody may read."""

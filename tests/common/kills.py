@@ -1,4 +1,4 @@
-"""`train`, `convert` and `regenerate` killed at random moments and started again, to their end.
+"""`train`, `convert`, `trim` and `regenerate` killed at random moments and started again.
 
 Every run is a process of its own, forked from one that has imported everything, so that a kill
 meets the work and not the start. A run is killed once, then started again as a user would, and its
@@ -27,7 +27,7 @@ _MET = ("not at all", "before a step", "between steps", "after the last step")
 
 
 def killed(what: str, kills: int, seed: int, timeout: float = 7200) -> dict[str, Any]:
-    """Kill ``train``, ``convert`` or ``regenerate`` so often, in a fresh process.
+    """Kill ``train``, ``convert``, ``trim`` or ``regenerate`` so often, in a fresh process.
 
     Returns `_train`'s table.
 
@@ -215,6 +215,48 @@ def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
 
 
+def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill the counting so often; where the kills met it."""
+    from tests.common import tiny
+    from tests.common.conversations import write_conversations
+    from vllm_msd.training import vocabulary
+
+    if not _run_alone(lambda: tiny.build_pair(folder / "pair", "llava")):
+        raise RuntimeError("the target cannot be built")
+    text, _ = write_conversations(folder / "data", characters="".join(map(chr, range(33, 99))))
+    text.write_text("\n".join([text.read_text()] * 100))
+    vocabulary.SAVE_SECONDS = 0.05  # ten seconds otherwise
+
+    def command(name: str) -> list[str]:
+        draft, output = folder / "pair" / "draft", folder / name
+        return ["trim", str(draft), "--data", str(text), "--size", "90", "--output", str(output)]
+
+    started = time.monotonic()
+    _expect(_run(command("whole")), "the unbroken run")
+    seconds = time.monotonic() - started
+    names = ("model.safetensors", "config.json", vocabulary.COUNTS)
+    expected = [(folder / "whole" / name).read_bytes() for name in names]
+    met = {"not at all": 0, "before a place was kept": 0, "between records": 0, "after them": 0}
+    for number in count():
+        if sum(met.values()) - met["not at all"] == kills:
+            break
+        output = folder / f"run-{number}"
+        code, _ = _run(command(output.name), rng.uniform(0.0, seconds))
+        place = output / vocabulary.COUNTS
+        done = json.loads(place.read_text())["done"] if place.is_file() else 0
+        kinds = (code is not None, not done, done < 1200, True)
+        met[next(k for k, fits in zip(met, kinds, strict=True) if fits)] += 1
+        if code is None and not (output / "config.json").exists():
+            _expect(_run(command(output.name)), output.name)
+        if [(output / name).read_bytes() for name in names] != expected:
+            raise RuntimeError(f"{output.name}: other files than those of the unbroken run, {met}")
+        left = [str(p) for p in output.rglob("*.partial")]
+        if left:
+            raise RuntimeError(f"{output.name}: left behind: {left}")
+        shutil.rmtree(output)
+    return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
+
+
 def _write_large_draft(folder: Path) -> None:
     """A draft of 120 MB, so that kills meet its writing."""
     import torch
@@ -289,16 +331,19 @@ def _run_alone(work: Any) -> bool:
 def main() -> None:
     """Print one table; exits with a traceback when a result differs."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("train", "convert", "regenerate"))
+    parser.add_argument("what", choices=("train", "convert", "trim", "regenerate"))
     parser.add_argument("kills", type=int)
     parser.add_argument("seed", type=int)
     args = parser.parse_args()
     # Imported here once, for every fork.
     import vllm_msd.checkpoint
     import vllm_msd.regenerate
-    import vllm_msd.training.engine  # noqa: F401
+    import vllm_msd.training.engine
+    import vllm_msd.training.trim  # noqa: F401
 
-    work = {"train": _train, "convert": _convert, "regenerate": _regenerate}[args.what]
+    work = {"train": _train, "convert": _convert, "trim": _trim, "regenerate": _regenerate}[
+        args.what
+    ]
     with tempfile.TemporaryDirectory() as folder:
         found = work(Path(folder), args.kills, random.Random(args.seed))
     print(json.dumps(found))

@@ -32,6 +32,7 @@ JOBS = {
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",
     "tree": "tests.common.tree_identity:tree_identity",
+    "vocabulary": "tests.common.vocabularies:vocabulary_identity",
 }
 
 

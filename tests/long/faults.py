@@ -34,6 +34,7 @@ def main() -> int:
             "kill-train": lambda: kills.killed("train", args.kills, args.seed),
             "kill-convert": lambda: kills.killed("convert", args.kills, args.seed),
             "kill-regenerate": lambda: kills.killed("regenerate", args.kills, args.seed),
+            "kill-trim": lambda: kills.killed("trim", args.kills, args.seed),
         }
         for part in args.only or parts:
             started = time.monotonic()

@@ -191,6 +191,7 @@ def test_growth_over_a_draft_vocabulary_on_two_devices(monkeypatch):
     embedding = torch.zeros(200, batch.draft.embedding.shape[1], dtype=torch.double)
     embedding[ids] = batch.draft.embedding
     batch.draft.embedding = embedding
+    defined = batch.by_definition(token_ids=ids)
     whole, shards = batch.draft.logits, []
 
     def first_half(hidden):
@@ -204,7 +205,8 @@ def test_growth_over_a_draft_vocabulary_on_two_devices(monkeypatch):
     monkeypatch.setattr(batch.draft, "vocabulary", 32)
     found = batch.by_kernels(Vocabulary(token_ids=ids, gather=gather))
     assert torch.equal(found.parents, expected.parents)
-    assert torch.equal(found.tokens[:, 1:], ids[expected.tokens[:, 1:]])
+    for tree in (found, defined):
+        assert torch.equal(tree.tokens[:, 1:], ids[expected.tokens[:, 1:]])
 
 
 # Mutations: each must change a tree

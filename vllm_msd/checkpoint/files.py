@@ -45,6 +45,12 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
+def target_place(folder: Path, name: str) -> str:
+    """Where the target lies that a draft's config names: an absolute path, or a hub name."""
+    beside = folder / Path(name).expanduser()
+    return str(beside.resolve()) if beside.is_dir() or not is_hub_name(name) else name
+
+
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError

@@ -83,6 +83,12 @@ def check_draft_sizes(config: MSDDraftConfig, text: "PreTrainedConfig") -> None:
             f"target's {text.vocab_size}, whose embedding table and head serve both. Use a draft "
             "that was trained for this target."
         )
+    if config.draft_vocab_size is not None and config.num_token_ids > text.vocab_size:
+        raise CheckpointError(
+            f"draft vocabulary: it was chosen among {config.num_token_ids} tokens, and the target "
+            f"has {text.vocab_size}. Use the target that it was chosen for, or trim the draft "
+            "again: vllm-msd trim --help"
+        )
 
 
 def text_config(hf_config: "PreTrainedConfig") -> "PreTrainedConfig":

@@ -1,12 +1,13 @@
-"""Describing a checkpoint without reading its weights."""
+"""Describing a checkpoint without reading its weights, a draft vocabulary's map apart."""
 
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from vllm_msd.checkpoint import files, weights
+from vllm_msd.draft.vocabulary import OFFSETS
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
 
 
 def inspect_draft(path: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def inspect_draft(path: str | Path, revision: str | None = None) -> dict[str, An
         "layout": layout,
         "config": config.to_dict(),
         "has_embedding": weights.EMBEDDING in headers,
-        "num_parameters": sum(prod(h.shape) for h in used),
+        "num_parameters": sum(prod(h.shape) for h in used if h.name != OFFSETS),
         "bytes": sum(prod(h.shape) * _BYTES.get(h.dtype, 0) for h in used),
         "tensors": [
             {
@@ -44,5 +45,5 @@ def inspect_draft(path: str | Path, revision: str | None = None) -> dict[str, An
             }
             for h in headers.values()
         ],
-        "problems": weights.find_problems(config, headers, needs_embedding=layout != "msd"),
+        "problems": weights.all_problems(config, headers, needs_embedding=layout != "msd"),
     }

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,14 +14,20 @@ from torch import Tensor
 from vllm_msd.checkpoint import files, weights
 from vllm_msd.checkpoint.fit import check_draft_fits_target, text_config
 from vllm_msd.draft import MSDDraftConfig, TargetInfo
+from vllm_msd.draft.vocabulary import OFFSETS, token_ids_of
 from vllm_msd.errors import CheckpointError
 from vllm_msd.storage import PARTIAL, check_folder, replacing, storage_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Progress = Callable[[str], None]
 
 
 def load_draft_config(path: str | Path, revision: str | None = None) -> MSDDraftConfig:
     """Read a draft's config and check names and shapes of its weights, without reading them.
+
+    A draft vocabulary's ids are read and checked, too.
 
     Args:
         path: folder or hub name of a draft, in a published layout or our own.
@@ -31,6 +37,15 @@ def load_draft_config(path: str | Path, revision: str | None = None) -> MSDDraft
         CheckpointError: the checkpoint is missing, unreadable or incomplete.
     """
     return _read(files.locate(path, revision))[0]
+
+
+def load_draft_vocabulary(path: str | Path, revision: str | None = None) -> Tensor | None:
+    """The target tokens that a draft proposes, int64 ``[D]``; None if it is all of them.
+
+    Raises like `load_draft_config`.
+    """
+    _, headers, _ = _read(files.locate(path, revision))
+    return token_ids_of(weights.read_tensor(headers[OFFSETS])) if OFFSETS in headers else None
 
 
 def load_draft(
@@ -89,6 +104,8 @@ def save_draft(
         for name, x in state.items()
     }
     problems = weights.find_problems(config, headers, needs_embedding=False)
+    if not problems and OFFSETS in state:
+        problems = list(filter(None, [weights.vocabulary_problem(config, state[OFFSETS])]))
     if problems:
         raise CheckpointError(
             "the weights to save are not those of the config: " + "; ".join(problems)
@@ -118,9 +135,29 @@ def save_draft(
     return folder
 
 
-def _is_taken(folder: Path) -> bool:
-    """Whether a folder holds more than what a killed conversion left there."""
-    left = {files.OWN_WEIGHTS} if not (folder / files.CONFIG).exists() else set()
+def check_destination(folder: Path, source: Path, force: bool, own: tuple[str, ...] = ()) -> None:
+    """Refuse a folder that a copy of the draft ``source`` cannot be written to.
+
+    Args:
+        folder: to write to. source: to read from. force: write into one that is not empty.
+        own: names of files that a killed run of the same work may have left there.
+
+    Raises:
+        CheckpointError, StorageError: it is taken, or cannot be written to.
+    """
+    if folder.exists() and (not folder.is_dir() or folder.samefile(source)):
+        raise CheckpointError(f"{folder}: got the source or a file, expected a folder of its own.")
+    if folder.is_dir() and not force and _is_taken(folder, own):
+        raise CheckpointError(
+            f"{folder} is not empty. Give another folder, or --force to write into this one."
+        )
+    check_folder(folder, "output")
+    files.check_own_place(folder)
+
+
+def _is_taken(folder: Path, own: tuple[str, ...]) -> bool:
+    """Whether a folder holds more than what a killed run left there."""
+    left = {files.OWN_WEIGHTS, *own} if not (folder / files.CONFIG).exists() else set()
     return any(p.name not in left and not p.name.endswith(PARTIAL) for p in folder.iterdir())
 
 
@@ -153,14 +190,7 @@ def convert_draft(
         StorageError: ``dst`` cannot be written to.
     """
     source, folder = files.locate(src), Path(dst).expanduser()
-    if folder.exists() and (not folder.is_dir() or folder.samefile(source)):
-        raise CheckpointError(f"{dst}: got the source or a file, expected a folder of its own.")
-    if folder.is_dir() and not force and _is_taken(folder):
-        raise CheckpointError(
-            f"{dst} is not empty. Give another folder, or --force to write into this one."
-        )
-    check_folder(folder, "dst")
-    files.check_own_place(folder)
+    check_destination(folder, source, force)
     config = load_draft_config(source)
     target_info = config.target if target is None else _target_info(target, config, folder)
     _, state = load_draft(source)
@@ -176,7 +206,7 @@ def _read(
     paths, index = files.weight_files(folder)
     headers = weights.read_headers(paths, index)
     layout = raw["model_type"]
-    problems = weights.find_problems(config, headers, needs_embedding=layout != "msd")
+    problems = weights.all_problems(config, headers, needs_embedding=layout != "msd")
     if problems:
         raise CheckpointError(
             f"{folder}: the weights are not those of a draft of layout {layout!r} with this "
@@ -207,11 +237,20 @@ def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path)
             "target."
         ) from error
     check_draft_fits_target(config, hf_config)
+    return target_info(target, hf_config, draft_folder)
+
+
+def target_info(
+    target: str | Path, hf_config: "PreTrainedConfig", draft_folder: Path
+) -> TargetInfo:
+    """What a draft in ``draft_folder`` records about its target, a folder or hub name."""
+    name, draft_folder = Path(target).expanduser(), draft_folder.resolve()
+    recorded = str(target)
+    if name.is_dir():
+        name = name.resolve()
+        # A pair that lies together stays a pair when it is moved.
+        is_near = draft_folder.parent in (name, name.parent)
+        recorded = os.path.relpath(name, draft_folder) if is_near else str(name)
     text = text_config(hf_config)
-    name = folder.resolve()
-    draft_folder = draft_folder.resolve()
-    # A pair that lies together stays a pair when it is moved.
-    if draft_folder.parent in (name, name.parent):
-        name = Path(os.path.relpath(name, draft_folder))
-    architecture = (hf_config.architectures or [None])[0]
-    return TargetInfo(str(name), architecture, text.hidden_size, text.vocab_size)
+    architecture = hf_config.architectures[0] if hf_config.architectures else None
+    return TargetInfo(recorded, architecture, text.hidden_size, text.vocab_size)

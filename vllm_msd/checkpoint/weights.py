@@ -16,15 +16,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_msd.draft import MSDDraftConfig
-from vllm_msd.errors import CheckpointError
+from vllm_msd.draft.vocabulary import OFFSETS, check_token_ids, token_ids_of
+from vllm_msd.errors import CheckpointError, ConfigError
 
 EMBEDDING = "embed_tokens.weight"
 # Rotary tables that were saved along; they follow from the config. No reader reads them.
 _DERIVED = re.compile(
     r"(.+\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached|cos_sin_cache)"
 )
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+}  # fmt: skip
 _FLOATS = ("float32", "float16", "bfloat16")
+_INTEGERS = ("int64", "int32")
 _MAX_LISTED = 8
 
 
@@ -78,15 +82,25 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     return state
 
 
+def read_tensor(header: TensorHeader) -> Tensor:
+    """One tensor of a file, on the CPU."""
+    if header.file.suffix == ".safetensors":
+        with _open_safetensors(header.file) as content:
+            return content.get_tensor(header.name)
+    return _load_pickle(header.file)[header.name]
+
+
 def find_problems(
     config: MSDDraftConfig, headers: Mapping[str, TensorHeader], needs_embedding: bool
 ) -> list[str]:
     """Every way in which the tensors are not those of the config; empty when they are.
 
     Derived rotary tables are passed over. The embedding table may be left out unless
-    ``needs_embedding``.
+    ``needs_embedding``. What a draft vocabulary's map holds is for `vocabulary_problem`.
     """
     expected = config.weight_shapes()
+    if config.draft_vocab_size is not None:
+        expected[OFFSETS] = (config.draft_vocab_size,)
     if needs_embedding or EMBEDDING in headers:
         expected[EMBEDDING] = config.embedding_shape()
     missing = [name for name in expected if name not in headers]
@@ -94,14 +108,40 @@ def find_problems(
     problems = []
     if missing:
         problems.append(f"missing: {_listed(missing)}")
+    if OFFSETS in extra:
+        extra.remove(OFFSETS)
+        problems.append(
+            f"{OFFSETS}: got a draft vocabulary, but config.json has no draft_vocab_size"
+        )
     if extra:
         problems.append(f"not expected: {_listed(extra)}")
     for name, shape in expected.items():
         header = headers.get(name)
         if header is not None and header.shape != shape:
             problems.append(f"{name}: got shape {header.shape}, expected {shape}")
-        if header is not None and header.dtype not in _FLOATS:
-            problems.append(f"{name}: got {header.dtype}, expected one of {', '.join(_FLOATS)}")
+        dtypes = _INTEGERS if name == OFFSETS else _FLOATS
+        if header is not None and header.dtype not in dtypes:
+            problems.append(f"{name}: got {header.dtype}, expected one of {', '.join(dtypes)}")
+    return problems
+
+
+def vocabulary_problem(config: MSDDraftConfig, offsets: Tensor) -> str | None:
+    """What is wrong with the ids of a draft vocabulary, ``[D]`` offsets; None if nothing is."""
+    try:
+        check_token_ids(token_ids_of(offsets), config.num_token_ids, "the target's vocabulary")
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def all_problems(
+    config: MSDDraftConfig, headers: Mapping[str, TensorHeader], needs_embedding: bool
+) -> list[str]:
+    """As `find_problems`, and what a draft vocabulary in the files holds, which is read."""
+    problems = find_problems(config, headers, needs_embedding)
+    if not problems and OFFSETS in headers:
+        problem = vocabulary_problem(config, read_tensor(headers[OFFSETS]))
+        problems += [problem] if problem else []
     return problems
 
 

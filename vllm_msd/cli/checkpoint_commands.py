@@ -43,7 +43,7 @@ def _add_convert(subparsers: argparse._SubParsersAction) -> None:
 def _convert(args: argparse.Namespace) -> int:
     from vllm_msd.checkpoint import convert_draft
 
-    target = args.target or _known_target(args.src)
+    target = args.target or known_target(args.src)
     config = convert_draft(args.src, args.dst, target, args.force, _report)
     print(f"wrote {args.dst}: {config.layer_type} draft, hidden size {config.hidden_size}")
     if config.target.name_or_path is None:
@@ -55,7 +55,7 @@ def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _known_target(src: str) -> str | None:
+def known_target(src: str) -> str | None:
     """The target of a published draft, told by its name, also of a local copy's folder."""
     from vllm_msd.vllm_plugin.configuration.resolve import PUBLISHED_DRAFTS
 
@@ -109,6 +109,7 @@ def _table(found: dict[str, Any]) -> str:
             f"{config['num_attention_heads']} heads ({config['num_key_value_heads']} key/value) of "
             f"{config['head_dim']}, vocabulary {config['vocab_size']}",
         ),
+        ("proposes", _proposed(config)),
         ("rotary", f"theta {config['rope_theta']:g}, RMS eps {config['rms_norm_eps']:g}"),
         (
             "weights",
@@ -128,6 +129,15 @@ def _table(found: dict[str, Any]) -> str:
     else:
         parts += ["Config and tensors belong together."]
     return "\n".join(parts)
+
+
+def _proposed(config: dict[str, Any]) -> str:
+    """Which tokens a draft proposes."""
+    size = config["draft_vocab_size"]
+    if size is None:
+        return "any token of the target"
+    of = max(config["vocab_size"], config["target"]["vocab_size"] or 0)
+    return f"{size:,} of the target's {of:,} tokens (a draft vocabulary)"
 
 
 def _yes(value: bool) -> str:

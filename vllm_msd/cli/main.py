@@ -21,6 +21,7 @@ COMMAND_MODULES = (
     "doctor",
     "checkpoint_commands",
     "training_commands",
+    "vocabulary_commands",
     "regenerate_command",
     "demo_commands",
 )

@@ -33,6 +33,8 @@ _EVAL_EXAMPLES = """examples:
       --data llava_v1_5_mix665k.json --image-root images --records 100
   vllm-msd eval --target T --draft D --data held_out.jsonl --tree-depth 5 --tree-top-k 4 \\
       --num-speculative-tokens 24 --json figures.json
+  what a draft vocabulary would cost in accepted tokens:
+    vllm-msd eval --target T --draft D --data replies.jsonl --draft-vocab 8192 16384 32768
 """
 _TRAINING_PACKAGES = ("accelerate", "matplotlib", "tensorboard", "yaml")
 
@@ -107,6 +109,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         choices=VISUAL_ROWS,
         help="how the draft was trained (default: what its provenance.json says)",
     )
+    evaluate.add_argument(
+        "--draft-vocab",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="SIZE",
+        help="also try draft vocabularies of these sizes, chosen by the data's other records",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     evaluate.set_defaults(func=run_eval)
 
@@ -157,6 +167,7 @@ def run_eval(args: argparse.Namespace) -> int:
         target_dtype=args.target_dtype,
         device=args.device,
         visual_rows=args.visual_rows,
+        draft_vocab=args.draft_vocab,
     )
     print(_table(figures))
     if args.json:
@@ -171,6 +182,12 @@ def _table(figures: dict[str, Any]) -> str:
     for kind, row in rows.items():
         depths = " ".join(f"{share:.2f}" for share in row["accepted_at_depth"])
         lines.append(f"{kind:<{width}}  {row['acceptance_length']:<23.2f}  {depths}")
+    if figures["draft_vocab"]:
+        lines.append("draft vocabulary  tokens per verification  accepted tokens  of the replies")
+    for row in figures["draft_vocab"]:
+        kept = "-" if row["accepted"] is None else f"{row['accepted']:.1%}"
+        length = f"{row['acceptance_length']:<23.2f}"
+        lines.append(f"{row['size']:>16,}  {length}  {kept:<15}  {row['covers']:.1%}")
     if figures["skipped"]:
         lines.append(f"{len(figures['skipped'])} records left out:")
         lines += [f"  {reason}" for reason in figures["skipped"][:5]]

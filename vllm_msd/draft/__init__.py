@@ -2,7 +2,8 @@
 vectors.
 
 ``model.py`` holds the draft and its two branches, ``layers.py`` the decoder layer, ``cache.py`` the
-KV cache, ``shift.py`` turns a target's prompt into draft rows, ``config.py`` describes the shapes.
+KV cache, ``shift.py`` turns a target's prompt into draft rows, ``vocabulary.py`` is about the
+tokens it proposes, ``config.py`` describes the shapes.
 """
 
 from vllm_msd.draft.cache import DraftCache

@@ -16,7 +16,7 @@ LAYER_TYPES = ("llama", "qwen2")
 DTYPES = ("float32", "float16", "bfloat16")
 # A damaged number must not make readers list the weights of 10**30 layers.
 MAX_LAYERS = 256
-OPTIONAL_FIELDS = ("tree_depth", "tree_top_k")
+OPTIONAL_FIELDS = ("tree_depth", "tree_top_k", "draft_vocab_size")
 
 # What the published layouts imply without saying it: the decoder layer's type, the q/k/v bias, the
 # input norm of layer 0, and the rotary base when the file names none.
@@ -78,8 +78,9 @@ class MSDDraftConfig:
     ``input_norm`` and ``attention_bias`` tell the two published layer types apart: Llama-type
     drafts have neither, Qwen2-type drafts have both. Later layers of a deeper draft always have an
     input norm. ``num_speculative_tokens``, ``tree_depth`` and ``tree_top_k`` are the defaults the
-    draft is served with; without the last two it drafts chains. Raises `ConfigError` when a value
-    is impossible.
+    draft is served with; without the last two it drafts chains. ``draft_vocab_size`` tokens are all
+    that the draft proposes, those of its map ``d2t``; None is the target's whole vocabulary. Raises
+    `ConfigError` when a value is impossible.
     """
 
     layer_type: str
@@ -101,6 +102,7 @@ class MSDDraftConfig:
     num_speculative_tokens: int = 5
     tree_depth: int | None = None
     tree_top_k: int | None = None
+    draft_vocab_size: int | None = None
     target: TargetInfo = TargetInfo()
 
     def __post_init__(self) -> None:
@@ -142,6 +144,11 @@ class MSDDraftConfig:
         if self.head_dim % 2:
             raise ConfigError(
                 f"head_dim: got {self.head_dim}, expected an even number (rotary embedding)."
+            )
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.num_token_ids:
+            raise ConfigError(
+                f"draft_vocab_size: got {self.draft_vocab_size}, expected at most "
+                f"{self.num_token_ids}, the target's vocabulary."
             )
 
     @classmethod
@@ -219,7 +226,13 @@ class MSDDraftConfig:
             fc_bias=True if d.get("bias") is None else d["bias"],
             hidden_act=d.get("hidden_act", "silu"),
             torch_dtype=d.get("torch_dtype") or d.get("dtype") or "float32",
+            draft_vocab_size=d.get("draft_vocab_size"),
         )
+
+    @property
+    def num_token_ids(self) -> int:
+        """Tokens of the target, as far as the config knows: a published draft may list fewer."""
+        return max(self.vocab_size, self.target.vocab_size or 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The config in our own format; ``from_dict(c.to_dict()) == c``."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vllm_msd.draft.cache import DraftCache
 from vllm_msd.draft.config import MSDDraftConfig
 from vllm_msd.draft.layers import DecoderLayer, rotary_cos_sin
+from vllm_msd.draft.vocabulary import token_ids_of
 
 
 class TextBranch(nn.Linear):
@@ -46,7 +47,11 @@ class MSDDraft(nn.Module):
     """The draft model. Parameter names are those of the published checkpoints.
 
     The embedding table is optional: in serving the target's is shared, in training it is frozen.
+    With a draft vocabulary there is a buffer ``d2t`` (see ``vocabulary.py``), zero until it is
+    loaded or set: the first tokens.
     """
+
+    d2t: Tensor
 
     def __init__(self, config: MSDDraftConfig, with_embedding: bool = False) -> None:
         super().__init__()
@@ -59,6 +64,13 @@ class MSDDraft(nn.Module):
         if with_embedding:
             self.embed_tokens = nn.Embedding(*config.embedding_shape())
             self.embed_tokens.requires_grad_(False)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """``[D]`` int64, the target tokens that the draft proposes; None if it is all of them."""
+        return None if self.config.draft_vocab_size is None else token_ids_of(self.d2t)
 
     @classmethod
     def from_state_dict(cls, config: MSDDraftConfig, state: Mapping[str, Tensor]) -> "MSDDraft":

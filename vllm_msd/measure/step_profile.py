@@ -85,7 +85,7 @@ def profile_steps(
     clock.wrap(runner, "propose_draft_token_ids", "drafting")
     for module in _linear_layers(draft):
         clock.wrap(module, "forward", "draft products")
-    clock.wrap(draft, "compute_logits", "draft products")
+    clock.wrap(draft, "column_logits", "draft products")
 
     step = engine.llm.step
 

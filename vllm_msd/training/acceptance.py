@@ -173,12 +173,13 @@ def chain_acceptance(
     seen: changes what the draft is given; the target's replies stay as they are.
     """
     found: dict[str, Figures] = defaultdict(Figures)
+    head, ids = _head(target, draft), draft.token_ids
     for start in range(0, len(replies), batch_size):
         chunk = replies[start : start + batch_size]
         batch, rows = _rows(target, chunk, visual_rows, seen)
         truth = batch.input_ids.roll(-2, 1)
         outputs = unroll(draft, rows, steps)
-        matches = torch.stack([_choice(target, out) == truth for out in outputs]).cpu()
+        matches = torch.stack([_choice(head, ids, out) == truth for out in outputs]).cpu()
         for row, reply in enumerate(chunk):
             figures = found[reply.kind]
             own = matches[:, row]
@@ -200,9 +201,10 @@ def tree_acceptance(
 ) -> dict[str, Figures]:
     """Replay drafting with dynamic trees, one verification after another; figures by kind."""
     found: dict[str, Figures] = defaultdict(Figures)
+    weight = _head(target, draft)
 
     def head(hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden.to(target.head.dtype), target.head)
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight)
 
     for reply in replies:
         batch, rows = _rows(target, [reply], visual_rows)
@@ -250,12 +252,17 @@ def _rows(
     return batch, draft_rows(features, target.embed, visual_rows)
 
 
-def _choice(target: Target, out: Tensor) -> Tensor:
-    """The best token of the target's head on a draft's outputs ``[B, S, H]``, by chunks of rows."""
-    rows = out.flatten(0, 1).to(target.head.dtype)
-    chunks = rows.split(max(1, CHUNK_LOGITS // target.head.shape[0]))
-    found = [torch.nn.functional.linear(chunk, target.head).argmax(-1) for chunk in chunks]
-    return torch.cat(found).view(out.shape[:2])
+def _head(target: Target, draft: MSDDraft) -> Tensor:
+    """The target's head ``[V, H]``, or a draft vocabulary's rows of it."""
+    return target.head if draft.token_ids is None else target.head[draft.token_ids]
+
+
+def _choice(head: Tensor, token_ids: Tensor | None, out: Tensor) -> Tensor:
+    """The token that a head finds best on a draft's outputs ``[B, S, H]``, by chunks of rows."""
+    rows = out.flatten(0, 1).to(head.dtype)
+    chunks = rows.split(max(1, CHUNK_LOGITS // head.shape[0]))
+    best = torch.cat([torch.nn.functional.linear(chunk, head).argmax(-1) for chunk in chunks])
+    return (best if token_ids is None else token_ids[best]).view(out.shape[:2])
 
 
 def merge(parts: Iterable[dict[str, Figures]]) -> dict[str, Figures]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import load_draft_config
+from vllm_msd.draft.vocabulary import offsets_of
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.storage import check_folder
 from vllm_msd.training import rows
@@ -40,6 +42,7 @@ from vllm_msd.training.results import Results
 from vllm_msd.training.run_files import RunFolder, describe_data
 from vllm_msd.training.settings import TrainSettings
 from vllm_msd.training.targets import Features, Target
+from vllm_msd.training.vocabulary import training_vocabulary
 from vllm_msd.training.window import FIGURES, Window
 
 _NOISE = 102  # a stream of random numbers beside those of the data
@@ -129,7 +132,15 @@ class Trainer:
     def _prepare_draft(self) -> None:
         s = self.settings
         self.config = draft_config(self.target, s.target_name, s.layers, s.layer_type)
+        with self.accelerator.main_process_first():  # the others find what it has counted
+            vocabulary = training_vocabulary(
+                s, self.renderer, self.corpus, self.target.text.vocab_size, self.folder.folder
+            )
+        if vocabulary is not None:
+            self.config = replace(self.config, draft_vocab_size=len(vocabulary))
         draft = initial_draft(self.target, self.config, s.init, s.seed)
+        if vocabulary is not None:
+            draft.d2t.copy_(offsets_of(vocabulary))
         weights = LossWeights(s.loss, s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
         optimizer = torch.optim.AdamW(

@@ -4,12 +4,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from vllm_msd.checkpoint import check_draft_sizes, load_draft
+from vllm_msd.checkpoint import check_draft_sizes, load_draft, with_vocabulary
 from vllm_msd.checkpoint.files import locate, read_json
-from vllm_msd.draft import MSDDraft
+from vllm_msd.draft import MSDDraft, MSDDraftConfig
 from vllm_msd.errors import CheckpointError, DataError
 from vllm_msd.provenance import provenance
 from vllm_msd.training.acceptance import (
@@ -20,8 +22,11 @@ from vllm_msd.training.acceptance import (
 )
 from vllm_msd.training.data.batches import kind_of
 from vllm_msd.training.data.index import RecordFile, image_roots
+from vllm_msd.training.data.render import Renderer
+from vllm_msd.training.initial import in_float
 from vllm_msd.training.settings import VISUAL_ROWS
 from vllm_msd.training.targets import Target
+from vllm_msd.training.vocabulary import check_size, choose, count_replies, covered, special_ids
 from vllm_msd.tree import TreeConfig
 
 
@@ -40,6 +45,7 @@ def evaluate(
     target_dtype: str = "auto",
     device: str = "auto",
     visual_rows: str | None = None,
+    draft_vocab: list[int] | None = None,
 ) -> dict[str, Any]:
     """Count what the target would accept of the draft on its own greedy replies.
 
@@ -53,11 +59,15 @@ def evaluate(
         max_tokens: of a reply. max_length: of a prompt. batch_size: prompts at a time.
         target_dtype: ``auto`` is the checkpoint's. device: ``auto`` or ``cpu``.
         visual_rows: how the draft treats them; None reads its provenance.
+        draft_vocab: sizes of draft vocabularies to try. Their tokens are chosen by the replies in
+            the data's other records, as `trim` chooses them.
 
     Returns:
         ``all`` and ``kinds``: ``acceptance_length`` (the target's own token counted),
         ``accepted_at_depth`` per verification, ``accuracy_at_depth`` per row (chains only), and
-        ``skipped``, records that could not be used.
+        ``skipped``, records that could not be used. ``draft_vocab``: for each size the
+        ``acceptance_length``, its share ``accepted`` of the accepted tokens, and the share
+        ``covers`` of the target's replies.
 
     Raises:
         ConfigError, DataError, CheckpointError: what the user can mend.
@@ -72,21 +82,43 @@ def evaluate(
     where = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     model = Target.load(target, target_dtype, device=where)
     check_draft_sizes(config, model.text)
-    weights = {k: v.float() for k, v in state.items() if k != "embed_tokens.weight"}
-    small = MSDDraft.from_state_dict(config, weights).eval().to(where)
+    state = in_float(state)
     chosen = _first_of_each_kind(files, records)
+    renderer = model.renderer(roots, max_length)
+    vocabularies = _vocabularies(model, renderer, files, chosen, draft_vocab or [])
     with tqdm(total=len(chosen), unit="reply") as bar:
         replies, bad = greedy_replies(
-            model, model.renderer(roots, max_length), chosen, max_tokens, tree.depth, batch_size,
+            model, renderer, chosen, max_tokens, tree.depth, batch_size,
             bar.update,
         )  # fmt: skip
     if not replies:
         shown = "".join(f"\n  {b}" for b in bad[:3])
         raise DataError(f"no reply of more than one token to count on.{shown}")
-    if tree.is_chain:
-        found = chain_acceptance(model, small, replies, tree.depth, visual_rows, batch_size)
-    else:
-        found = tree_acceptance(model, small, replies, tree, visual_rows)
+
+    def counted(config: MSDDraftConfig, state: dict[str, Tensor]) -> dict[str, Any]:
+        small = MSDDraft.from_state_dict(config, state).eval().to(where)
+        if tree.is_chain:
+            return summary(
+                chain_acceptance(model, small, replies, tree.depth, visual_rows, batch_size)
+            )
+        return summary(tree_acceptance(model, small, replies, tree, visual_rows))
+
+    found = counted(config, state)
+    said = np.bincount([t for r in replies for t in r.tokens], minlength=model.text.vocab_size)
+    tried = []
+    for ids in vocabularies:
+        trimmed = counted(*with_vocabulary(config, state, torch.from_numpy(ids)))
+        length = trimmed["all"]["acceptance_length"]
+        whole = found["all"]["acceptance_length"]
+        tried.append(
+            {
+                "size": len(ids),
+                "acceptance_length": length,
+                # Without the one token of each verification that is the target's own.
+                "accepted": round((length - 1) / (whole - 1), 4) if whole > 1 else None,
+                "covers": round(covered(said, ids), 4),
+            }
+        )
     settings = {
         "target": str(target), "draft": str(draft), "data": [f.path.name for f in files],
         "records": records, "num_speculative_tokens": num_speculative_tokens,
@@ -94,7 +126,34 @@ def evaluate(
         "target_dtype": target_dtype, "visual_rows": visual_rows,
     }  # fmt: skip
     skipped = [*(str(b) for f in files for b in f.bad), *map(str, bad)]
-    return {**provenance(**settings), **summary(found), "skipped": skipped}
+    return {**provenance(**settings), **found, "draft_vocab": tried, "skipped": skipped}
+
+
+def _vocabularies(
+    target: Target,
+    renderer: Renderer,
+    files: list[RecordFile],
+    chosen: list[tuple[RecordFile, int]],
+    sizes: list[int],
+) -> list[np.ndarray]:
+    """Draft vocabularies of these sizes, by the records that are not chosen for evaluation."""
+    if not sizes:
+        return []
+    special = special_ids(renderer, target.text.vocab_size)
+    for size in sizes:
+        check_size(size, special, target.text.vocab_size, "--draft-vocab")
+    taken = {(id(file), number) for file, number in chosen}
+    rest = [(f, n) for f in files for n in range(len(f)) if (id(f), n) not in taken]
+    if not rest:
+        raise DataError(
+            "--draft-vocab: every record is evaluated, so none is left to choose the tokens by. "
+            "Give more data, or a smaller --records."
+        )
+    with tqdm(total=len(rest), unit="record", desc="tokens") as bar:
+        counts = count_replies(
+            renderer, files, target.text.vocab_size, report=bar.update, records=rest
+        )
+    return [choose(counts.counted + counts.held_out, special, size) for size in sizes]
 
 
 def _trained_visual_rows(folder: Path) -> str:

@@ -1,14 +1,18 @@
 """The shape of a draft for a target, and the weights that training starts from."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from vllm_msd.checkpoint import load_draft
+from vllm_msd.checkpoint.weights import EMBEDDING
 from vllm_msd.draft import MSDDraft, MSDDraftConfig, TargetInfo
 from vllm_msd.draft.layers import DecoderLayer
+from vllm_msd.draft.vocabulary import OFFSETS
 from vllm_msd.errors import CheckpointError, ConfigError
 from vllm_msd.training.targets import Target
 
@@ -114,14 +118,24 @@ def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) 
 
 def _loaded(draft: MSDDraft, folder: str) -> MSDDraft:
     config, weights = load_draft(folder)
-    state = {k: v.float() for k, v in weights.items() if k != "embed_tokens.weight"}
+    state = in_float(weights)
+    state.pop(OFFSETS, None)  # which tokens it proposes is the run's setting
     if config.weight_shapes() != draft.config.weight_shapes():
         raise ConfigError(
             f"init: the draft {folder} has other shapes than one for this target. Give another "
             "draft, or start from the target (--init target)."
         )
-    draft.load_state_dict(state)
+    draft.load_state_dict({**draft.state_dict(), **state})
     return draft
+
+
+def in_float(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A loaded draft's weights in float32 without its embedding table; ids stay what they are."""
+    return {
+        name: x.float() if x.is_floating_point() else x
+        for name, x in weights.items()
+        if name != EMBEDDING
+    }
 
 
 def open_heads_for_images(draft: MSDDraft) -> None:

@@ -70,7 +70,7 @@ class DraftObjective(nn.Module):
         predicted = torch.stack([out[mask] for out in outputs])
         weights = self.weights
         regression = row_distances(predicted, wanted).sum(1)
-        tokens = token_losses(predicted, wanted, head, weights.loss)
+        tokens = token_losses(predicted, wanted, head, weights.loss, self.draft.token_ids)
         loss = tokens.loss.sum(1)
         if weights.loss == "msd":
             loss = weights.regression * regression + weights.distillation * loss

@@ -164,7 +164,10 @@ class Results:
         state = self.accelerator.get_state_dict(objective)
         if not self.is_main:
             return
-        weights = {k.removeprefix("draft."): v.detach().bfloat16() for k, v in state.items()}
+        weights = {
+            name.removeprefix("draft."): x.detach().bfloat16() if x.is_floating_point() else x
+            for name, x in state.items()
+        }
         folder = self.folder.folder / name
         save_draft(folder, self.config, weights)
         content = {

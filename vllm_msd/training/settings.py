@@ -93,6 +93,12 @@ class TrainSettings:
         VISUAL_ROWS,
     )  # fmt: skip
 
+    draft_vocab: str = _setting(
+        "", "draft", "propose some of the target's tokens alone: the SIZE most frequent in the "
+        "training data's replies, or those of the trimmed draft in a FOLDER (default: those of "
+        "--init, else all)",
+    )  # fmt: skip
+
     curriculum: str = _setting(
         "two-stage", "curriculum", "text only first, then a ramp (two-stage); one kind only; or "
         "mixed evenly, with the shares that two-stage has over the whole run", CURRICULA,

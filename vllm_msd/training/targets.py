@@ -85,6 +85,32 @@ def complete_processor(processor: Any, config: Any) -> None:
         processor.num_additional_image_tokens = 1
 
 
+def load_renderer(path: str | Path) -> tuple[Renderer, Any]:
+    """What renders a target's texts, and its config, without its weights.
+
+    Raises:
+        CheckpointError: it is not there, or of a family that training does not know.
+        ConfigError: its tokenizer or chat template cannot render.
+    """
+    from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+    with _loading(path):
+        config = AutoConfig.from_pretrained(path)
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(
+            f"target {path}: got a model of type {config.model_type!r}, expected one of "
+            f"{', '.join(FAMILIES)}. Give a model in the Hugging Face form."
+        )
+    with _loading(path):
+        processor = AutoProcessor.from_pretrained(path)
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # few targets are without one
+        ends = None
+    end_ids = {processor.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return Renderer(processor, config.image_token_id, end_ids - {None}, []), config
+
+
 class Target:
     """A target in evaluation mode, without gradients.
 

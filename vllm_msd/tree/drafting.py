@@ -27,7 +27,8 @@ def draft_tree(
         last_hidden: ``[B, H]`` the draft's output of each request's last real row.
         root_tokens: ``[B]`` int64 the sampled tokens.
         embed_tokens: token ids to embeddings.
-        head: the target's head, ``[..., H]`` to ``[..., V]``.
+        head: the target's head, ``[..., H]`` to ``[..., V]``; with a draft vocabulary its rows of
+            it, ``[..., H]`` to ``[..., D]``.
         shape: size of the tree.
     """
     stable_columns, start = cache.num_columns, cache.num_tokens()
@@ -48,6 +49,8 @@ def draft_tree(
         return head(out), out
 
     try:
-        return grow_tree(root_tokens, head(last_hidden), last_hidden, expand, shape)
+        return grow_tree(
+            root_tokens, head(last_hidden), last_hidden, expand, shape, draft.token_ids
+        )
     finally:
         cache.crop(stable_columns)

@@ -101,6 +101,7 @@ def grow_tree(
     root_hidden: Tensor,
     expand: ExpandFn,
     shape: TreeShape,
+    token_ids: Tensor | None = None,
 ) -> DraftTree:
     """Grow one tree per request.
 
@@ -110,12 +111,18 @@ def grow_tree(
         root_hidden: ``[B, H]`` the draft's output that gave them.
         expand: feeds a beam to the draft.
         shape: size of the tree.
+        token_ids: ``[V]`` the token of each column of the logits; None if it is the column's
+            number.
     """
     k = shape.top_k
     batch = root_tokens.shape[0]
     device = root_tokens.device
 
-    scores, tokens = torch.log_softmax(root_logits.float(), -1).topk(k)
+    def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs, columns = torch.log_softmax(logits.float(), -1).topk(k)
+        return log_probs, columns if token_ids is None else token_ids[columns]
+
+    scores, tokens = best_tokens(root_logits)
     hidden = root_hidden[:, None].expand(-1, k, -1)
     visible = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
     beam = torch.arange(k, device=device).expand(batch, k)  # candidate number of each beam node
@@ -125,7 +132,7 @@ def grow_tree(
 
     for level in range(shape.depth):
         logits, out = expand(tokens, hidden, visible, level)
-        child_scores, child_tokens = torch.log_softmax(logits.float(), -1).topk(k)
+        child_scores, child_tokens = best_tokens(logits)
         child_scores = (child_scores + scores[..., None]).flatten(1)
         child_tokens = child_tokens.flatten(1)
         all_scores.append(child_scores)

@@ -26,7 +26,9 @@ from vllm.model_executor.models.utils import (
 
 from vllm_msd.checkpoint.weights import EMBEDDING, is_derived
 from vllm_msd.draft import MSDDraftConfig
+from vllm_msd.draft.vocabulary import OFFSETS, check_token_ids, token_ids_of
 from vllm_msd.errors import CheckpointError
+from vllm_msd.vllm_plugin.own_head import own_head
 
 
 class MsdDecoderLayer(nn.Module):
@@ -167,7 +169,13 @@ class MsdModel(nn.Module):
 
 
 class EagleMsdForCausalLM(nn.Module):
-    """What vLLM's runners drive: branch mask, inner model, and the target's head."""
+    """What vLLM's runners drive: branch mask, inner model, and the target's head.
+
+    Attributes:
+        vocab_size: of the target, of its embedding table and head.
+        token_ids: ``[D]`` int64 the tokens that the draft proposes, None if it is all of them. Then
+            `lm_head` has D columns, once `keep_own_head` was called.
+    """
 
     # Both runners share the target's embedding and head when the draft says it has none.
     has_own_embed_tokens = False
@@ -181,7 +189,11 @@ class EagleMsdForCausalLM(nn.Module):
         self.config = self.model.config
         # The head is the target's, so is the vocabulary: a published draft may list fewer rows.
         self.vocab_size = vllm_config.model_config.get_vocab_size()
-        self.logits_processor = LogitsProcessor(self.vocab_size)
+        draft_vocab_size = self.model.draft_config.draft_vocab_size
+        self.num_columns = draft_vocab_size or self.vocab_size
+        self.logits_processor = LogitsProcessor(self.num_columns)
+        token_ids = None if draft_vocab_size is None else torch.arange(draft_vocab_size)
+        self.register_buffer("token_ids", token_ids, persistent=False)
         # Persistent, so that CUDA graphs read the same memory that later steps write.
         max_rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("is_visual", torch.zeros(max_rows, dtype=torch.bool), persistent=False)
@@ -252,8 +264,30 @@ class EagleMsdForCausalLM(nn.Module):
         x = self.model(positions, hidden_states, inputs_embeds, is_visual)
         return x, x
 
+    def keep_own_head(self) -> None:
+        """With a draft vocabulary, put its rows in the place of the head that the runners share.
+
+        Raises:
+            CheckpointError, ConfigError: the target's head has no such rows.
+        """
+        if self.token_ids is not None:
+            shared = self.lm_head
+            del self.lm_head
+            self.lm_head = own_head(shared, self.token_ids)
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """``[T, H]`` to ``[T, vocab]`` by the target's head, without a norm before it."""
+        """``[T, H]`` to ``[T, vocab]`` by the target's head, without a norm before it.
+
+        Tokens that the draft does not propose get -inf: a probability of exactly 0.
+        """
+        logits = self.column_logits(hidden_states)
+        if self.token_ids is None or logits is None:
+            return logits
+        spread = logits.new_full((logits.shape[0], self.vocab_size), float("-inf"))
+        return spread.index_copy_(1, self.token_ids, logits)
+
+    def column_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """``[T, H]`` to ``[T, num_columns]``, of the tokens that the draft proposes alone."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def local_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -262,7 +296,8 @@ class EagleMsdForCausalLM(nn.Module):
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[T, H]`` to ``[T]`` most likely tokens, without gathering logits of all ranks."""
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        columns = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        return columns if self.token_ids is None else self.token_ids[columns]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint with the published names.
@@ -274,8 +309,13 @@ class EagleMsdForCausalLM(nn.Module):
         """
         expected = self.model.draft_config.weight_shapes()
         checked = {}
+        has_vocabulary = False
         for name, weight in weights:
             if name == EMBEDDING or is_derived(name):
+                continue
+            if name == OFFSETS and self.token_ids is not None:
+                self._load_vocabulary(weight)
+                has_vocabulary = True
                 continue
             if name not in expected:
                 raise CheckpointError(
@@ -290,6 +330,8 @@ class EagleMsdForCausalLM(nn.Module):
                 )
             checked[f"model.{name}"] = weight
         missing = [name for name in expected if f"model.{name}" not in checked]
+        if self.token_ids is not None and not has_vocabulary:
+            missing.append(OFFSETS)
         if missing:
             raise CheckpointError(
                 f"draft weights missing: {', '.join(missing)}. The checkpoint is incomplete; fetch "
@@ -297,6 +339,16 @@ class EagleMsdForCausalLM(nn.Module):
             )
         loader = AutoWeightsLoader(self)
         return loader.load_weights(checked.items(), mapper=self.model.hf_to_vllm_mapper)
+
+    def _load_vocabulary(self, offsets: torch.Tensor) -> None:
+        if offsets.shape != self.token_ids.shape or offsets.is_floating_point():
+            raise CheckpointError(
+                f"draft weight {OFFSETS!r}: got {offsets.dtype} {tuple(offsets.shape)}, expected "
+                f"integers {tuple(self.token_ids.shape)}, as many as draft_vocab_size says."
+            )
+        token_ids = token_ids_of(offsets.long())
+        check_token_ids(token_ids, self.vocab_size, "the target's vocabulary")
+        self.token_ids.copy_(token_ids)
 
 
 class EagleMsdLlamaForCausalLM(EagleMsdForCausalLM):

@@ -92,11 +92,7 @@ class Renderer:
             if len(ids) <= self.max_length or len(messages) <= first_exchange:
                 break
             messages = messages[:-2]
-        plain, offsets = self._tokens(text)
-        marked = torch.zeros(len(plain), dtype=torch.bool)
-        for start, end in self._reply_spans(messages, text):
-            self._mark(plain, offsets, start, end, marked)
-        mask = self._expand(plain, marked, ids)
+        mask = self._expand(*self._replies(messages, text), ids)
         cut = self.max_length
         if len(ids) > cut:
             if (ids[cut:] == self.image_token_id).any():
@@ -107,6 +103,15 @@ class Renderer:
             raise BadRecordError(f"no reply within max_length ({cut}) tokens")
         inputs.pop("attention_mask", None)
         return Rendered(ids, mask, inputs)
+
+    def reply_ids(self, record: Record) -> Tensor:
+        """The tokens of all replies, int64 ``[N]``, as `render` marks them; no image is read.
+
+        Raises:
+            BadRecordError: the template does not fit.
+        """
+        ids, marked = self._replies(record.messages, self._text(record.messages))
+        return ids[marked]
 
     def prompt(self, record: Record) -> Rendered:
         """Everything before the last reply (see `ask`)."""
@@ -166,6 +171,14 @@ class Renderer:
         """Ids of the text with placeholders as they stand, and where each token lies in it."""
         found = self.tokenizer(text, return_offsets_mapping=True, **self._options(text))
         return torch.tensor(found["input_ids"]), found["offset_mapping"]
+
+    def _replies(self, messages: list[dict], text: str) -> tuple[Tensor, Tensor]:
+        """Ids of a rendered talk with placeholders as they stand, and which belong to replies."""
+        plain, offsets = self._tokens(text)
+        marked = torch.zeros(len(plain), dtype=torch.bool)
+        for start, end in self._reply_spans(messages, text):
+            self._mark(plain, offsets, start, end, marked)
+        return plain, marked
 
     def _reply_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
         """Where the replies lie in the text: what comes after the generation prompt.

@@ -142,6 +142,11 @@ def check_engine(
     tree = TreeConfig.from_settings(
         request["num_speculative_tokens"], request["tree_depth"], request["tree_top_k"]
     )
+    if draft.draft_vocab_size is not None and draft.draft_vocab_size < tree.top_k:
+        raise ConfigError(
+            f"tree_top_k: got {tree.top_k}, expected at most {draft.draft_vocab_size}, the tokens "
+            "that the draft proposes at all (its draft_vocab_size)."
+        )
     if not tree.is_chain:
         _check_tree(tree, engine_args, request, target, parallel)
     return tree

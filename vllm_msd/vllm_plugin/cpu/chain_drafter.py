@@ -1,7 +1,8 @@
 """Model Runner V1's drafter for MSD: vLLM's EAGLE proposer with five mends.
 
 Model Runner V2 needs none of them. Each mend concerns only which rows and positions the draft gets;
-a wrong one changes no output, it costs accepted tokens.
+a wrong one changes no output, it costs accepted tokens. A draft vocabulary is no mend, but an
+addition.
 """
 
 import torch
@@ -36,6 +37,7 @@ class MSDProposer(EagleProposer):
         embedding = self.model.model.embed_tokens
         if isinstance(embedding, BaseLayerWithLoRA):
             self.model.model.embed_tokens = embedding.base_layer
+        self.model.keep_own_head()
         # The runner stops drafting for the whole batch while any request is within
         # num_speculative_tokens of max_model_len, which leaves holes in the other requests' draft
         # caches. Drafting past the end is safe (such rows get the padding slot and the scheduler
@@ -43,6 +45,12 @@ class MSDProposer(EagleProposer):
         self.runner.effective_drafter_max_model_len = (
             self.max_model_len + self.runner.num_spec_tokens
         )
+
+    def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As the base class; with a draft vocabulary no logits of all tokens are made."""
+        if self.model.token_ids is None:
+            return super()._greedy_sample(hidden_states)
+        return self.model.get_top_tokens(hidden_states)
 
     def prepare_next_token_ids_padded(
         self,

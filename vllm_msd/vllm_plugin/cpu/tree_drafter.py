@@ -152,11 +152,11 @@ class TreeProposer(MSDProposer):
                 attention,
                 tree_rows,
             )
-            logits = self.model.compute_logits(out)
+            logits = self.model.column_logits(out)
             return logits.unflatten(0, (batch, k)), out.unflatten(0, (batch, k))
 
-        logits = self.model.compute_logits(hidden)
-        return grow_tree(root_tokens, logits, hidden, expand, shape)
+        logits = self.model.column_logits(hidden)
+        return grow_tree(root_tokens, logits, hidden, expand, shape, self.model.token_ids)
 
     def _slots(self, positions: Tensor, is_past: Tensor, block_table: Tensor) -> Tensor:
         """Cache slots of a level's rows, from `DraftLevels.kv_positions`; ``[B * top_k]``."""

@@ -1,4 +1,4 @@
-"""The target's head as the draft's levels use it: this rank's columns, and what they stand for."""
+"""The draft's head as its levels use it: this rank's columns, and what they stand for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.utils.math_utils import cdiv
 
 from vllm_msd.kernels.top_k.api import PART_COLUMNS
-from vllm_msd.tree.fused import WHOLE, Vocabulary
+from vllm_msd.tree.fused import Vocabulary
 
 
 class DraftHead:
@@ -26,7 +26,7 @@ class DraftHead:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.columns, self.vocabulary = model.vocab_size, WHOLE
+        self.columns, self.vocabulary = model.num_columns, Vocabulary(model.token_ids)
         ranks, head = get_tensor_model_parallel_world_size(), model.lm_head
         if ranks == 1:
             return
@@ -35,6 +35,7 @@ class DraftHead:
         if cdiv(last, PART_COLUMNS) == cdiv(width, PART_COLUMNS):
             self.columns = head.shard_indices.num_org_elements
             self.vocabulary = Vocabulary(
+                model.token_ids,
                 first_column=head.shard_indices.org_vocab_start_index,
                 gather=lambda parts: tensor_model_parallel_all_gather(parts, dim=1),
             )
@@ -42,5 +43,5 @@ class DraftHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, H]`` to ``[rows, columns]``."""
         if self.vocabulary.gather is None:
-            return self.model.compute_logits(hidden)
+            return self.model.column_logits(hidden)
         return self.model.local_logits(hidden)[:, : self.columns]

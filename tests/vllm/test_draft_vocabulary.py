@@ -1,0 +1,93 @@
+"""A draft with a vocabulary of its own changes no token, and proposes no other tokens.
+
+Each report comes from one process: the same cases without speculation, with the draft as it is
+(``whole``), with a vocabulary of all tokens (``all``), and with one of half the tokens that the
+target says (``half``).
+"""
+
+from functools import cache
+
+import pytest
+
+from tests.common import tiny
+from tests.common.long import long_but
+from tests.common.tiny_targets import VOCAB, printable_ids
+from tests.common.vocabularies import trimmed
+from tests.common.worker import run_worker
+
+HALF = sorted(printable_ids())[::2]
+CASES = {
+    "v1": ["mixed_batch", "penalties", "structured_output", "constrained_beside_free"],
+    "v2": ["mixed_batch", "structured_output"],
+}
+WAYS = {
+    "chain": {"spec_tokens": 4},
+    "tree": {"spec_tokens": 12, "tree": (4, 3)},
+    # Greedy requests take the most likely token here as well.
+    "drawn": {"spec_tokens": 4, "draft_sample_method": "probabilistic"},
+}
+RUNS = [("v1", "chain"), ("v1", "tree"), ("v1", "drawn"), ("v2", "chain"), ("v2", "tree")]
+SHORT = {run for run in RUNS if run[0] == "v1"}
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabularies")
+    pair = tiny.build_pair(folder / "pair", "llava", decoys=2)
+    # Beside the target, which the config names.
+    named = {
+        "all": trimmed(pair.draft, folder / "pair" / "all", list(range(VOCAB))),
+        "half": trimmed(pair.draft, folder / "pair" / "half", HALF),
+    }
+    return pair.target, {"whole": pair.draft, **named}
+
+
+@pytest.fixture(scope="module")
+def reports(drafts):
+    target, folders = drafts
+
+    @cache
+    def report(runner):
+        ways = {way: WAYS[way] for r, way in RUNS if r == runner}
+        return run_worker(
+            "vocabulary", runner, kind="llava", target=target, drafts=folders, cases=CASES[runner],
+            ways=ways,
+        )  # fmt: skip
+
+    return report
+
+
+@pytest.mark.parametrize(("runner", "way"), long_but(SHORT, RUNS))
+def test_same_tokens_within_the_vocabulary(reports, runner, way):
+    report = reports(runner)[way]
+    for draft, found in report.items():
+        for name, case in found["cases"].items():
+            assert case["same"], f"{draft}, {name}: {case['first_difference']}"
+            assert case["accepted"] > 0
+            assert case["rejected"] > 0
+    assert set(report["half"]["proposed"]) <= set(HALF)
+    assert not set(report["whole"]["proposed"]) <= set(HALF)
+    assert report["half"]["accepted"] < report["whole"]["accepted"]
+
+
+@pytest.mark.parametrize(("runner", "way"), long_but(SHORT, RUNS))
+def test_a_vocabulary_of_all_tokens_is_none(reports, runner, way):
+    """Same drafts and same counts in every case."""
+    report = reports(runner)[way]
+    assert report["all"] == report["whole"]
+
+
+@pytest.mark.long
+def test_two_tensor_parallel_ranks(drafts):
+    """Rows of the own head come from both ranks' parts of the target's."""
+    target, folders = drafts
+    arguments = {
+        "kind": "llava",
+        "target": target,
+        "drafts": {"half": folders["half"]},
+        "cases": ["mixed_batch"],
+        "ways": {"chain": WAYS["chain"]},
+    }
+    one = run_worker("vocabulary", "v1", **arguments)["chain"]["half"]["cases"]
+    two = run_worker("vocabulary", "v1", tensor_parallel_size=2, **arguments)["chain"]["half"]
+    assert two["cases"] == one
