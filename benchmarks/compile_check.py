@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 from vllm_msd.kernels.accept.triton_kernel import accept_kernel
 from vllm_msd.kernels.beam_step.api import TILE as BEAM_TILE
 from vllm_msd.kernels.beam_step.triton_kernel import beam_step_kernel
+from vllm_msd.kernels.draft_prefill.api import PROGRAM_VALUES
+from vllm_msd.kernels.draft_prefill.triton_kernel import draft_prefill_kernel
 from vllm_msd.kernels.place_trees.api import ROWS as PLACED_ROWS
 from vllm_msd.kernels.place_trees.triton_kernel import place_trees_kernel
 from vllm_msd.kernels.rerank.triton_kernel import rerank_kernel
@@ -229,6 +231,15 @@ def compile_placing(arch: int, dims: int) -> dict:
     return compile_small(place_trees_kernel, arch, types, {"DIMS": dims, "ROWS": PLACED_ROWS})
 
 
+def compile_prefill(arch: int, width: int) -> dict:
+    names = ("positions", "kv_slots", "last_rows", "out_slots", "nodes", "root_rows", "slots")
+    types = {f"{name}_ptr": "*i64" for name in (*names, "emitted")}
+    types |= {"out_ptr": "*bf16", "hidden_ptr": "*bf16"}
+    rows = power_of_two(width)
+    sizes = {"BLOCK_SIZE": 16, "WIDTH": rows, "COLUMNS": PROGRAM_VALUES // rows}
+    return compile_small(draft_prefill_kernel, arch, types, sizes)
+
+
 def build(
     kernel: triton.JITFunction, signature: dict, constants: dict, arch: int, config: LaunchConfig
 ) -> dict:
@@ -284,6 +295,9 @@ def main(argv: list[str] | None = None) -> int:
         for dims in (1, 3):
             figures = compile_placing(arch, dims)
             rows.append({"kernel": "place_trees", "arch": arch, "dims": dims, **figures})
+        for width in (6, 64):
+            figures = compile_prefill(arch, width)
+            rows.append({"kernel": "draft_prefill", "arch": arch, "width": width, **figures})
     for arch in (80, 90):
         for k, depth, logits in GROWTHS[: 1 if args.quick else None]:
             for name, figures in compile_growth(arch, k, depth, logits).items():

@@ -8,6 +8,7 @@ only when a kernel is launched. ``docs/kernels.md`` says what there is and what 
 # The functions take the names of their folders: ``from vllm_msd.kernels import tree_attention``.
 from .accept.api import AcceptedPaths, accept
 from .beam_step.api import Beams, Candidates, DraftPlace, LevelInputs, beam_step
+from .draft_prefill.api import PrefillRows, Verified, draft_prefill
 from .place_trees.api import place_trees
 from .rerank.api import rerank
 from .settle.api import LayerCaches, settle
@@ -23,12 +24,15 @@ __all__ = [
     "DraftPlace",
     "LayerCaches",
     "LevelInputs",
+    "PrefillRows",
     "TopK",
     "TreeAttentionWorkspace",
+    "Verified",
     "accept",
     "allocate_parts",
     "ancestor_bits",
     "beam_step",
+    "draft_prefill",
     "merge_top_k",
     "place_trees",
     "rerank",

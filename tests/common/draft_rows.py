@@ -33,7 +33,9 @@ class Recorder:
     rows: dict[tuple[str, int], dict[str, Tensor]] = field(default_factory=dict)
     # Drafted tokens, and parents where they are a tree's nodes.
     drafts: dict[tuple[str, int], tuple[list[int], list[int] | None]] = field(default_factory=dict)
-    batch: tuple[list[str], list[int], Tensor | None] | None = None  # ids, starts, last rows
+    batch: tuple[list[str], list[int] | Tensor, Tensor | None] | None = (
+        None  # ids, starts, last rows
+    )
     last: list[tuple[str, int]] | None = None  # of the rows whose logits come next
 
     def attach(self, model_runner: Any) -> None:
@@ -62,10 +64,10 @@ class Recorder:
             )
 
         def propose_v2(input_batch: Any, *arguments: Any, **named: Any) -> Tensor:
-            # The last rows are known only once propose() has prepared its inputs: read them late.
+            # Rows are known only once propose() has prepared its inputs: read them late.
             return self.record_drafts(
                 input_batch.req_ids,
-                input_batch.query_start_loc_np.tolist(),
+                drafter.input_buffers.query_start_loc,
                 drafter.last_token_indices,
                 lambda: propose(input_batch, *arguments, **named),
                 lambda: parents_v2(input_batch),
@@ -82,7 +84,7 @@ class Recorder:
                 ids, starts, last = self.batch
                 self.batch = None
                 for i, request in enumerate(ids):
-                    for row in range(starts[i], int(last[i]) + 1):
+                    for row in range(int(starts[i]), int(last[i]) + 1):
                         self.rows[external(request), int(positions[row])] = {
                             "embed": inputs_embeds[row].clone(),
                             "hidden": hidden_states[row].clone(),
@@ -108,7 +110,7 @@ class Recorder:
         drafter.model.column_logits = recording_logits
 
     def record_drafts(
-        self, ids: Any, starts: list[int], last: Tensor, propose: Any, parents: Any
+        self, ids: Any, starts: list[int] | Tensor, last: Tensor, propose: Any, parents: Any
     ) -> Tensor:
         """Run one propose() and keep what is drafted for each request."""
         self.batch = (list(ids), starts, last)

@@ -86,8 +86,13 @@ def make_batch(
     cache_dtype: torch.dtype | None = None,
     padding: int = 0,
     seed: int = 0,
+    tree_values: float = 1.0,
 ) -> Batch:
-    """Build a batch; ``padding`` adds rows of q that belong to no request."""
+    """Build a batch; ``padding`` adds rows of q that belong to no request.
+
+    ``tree_values`` is a factor on the values inside the trees: large ones show a wrong mask also
+    behind a long context, of which each node is a small part.
+    """
     generator = torch.Generator().manual_seed(seed)
     cache_dtype = cache_dtype or dtype
 
@@ -103,7 +108,10 @@ def make_batch(
     for i, (request, count) in enumerate(zip(requests, blocks, strict=True)):
         table[i, :count] = order[taken : taken + count]
         taken += count
-        dense = noise(2, request.seq_len, kv_heads, head_size).to(cache_dtype).float()
+        dense = noise(2, request.seq_len, kv_heads, head_size)
+        if request.parents:
+            dense[1, request.context :] *= tree_values
+        dense = dense.to(cache_dtype).float()
         position = torch.arange(request.seq_len)
         cache[:, table[i, position // block_size].long(), position % block_size] = dense
         keys.append(dense[0])

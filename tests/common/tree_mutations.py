@@ -104,6 +104,16 @@ def _linear_sampling_positions(verify: Any) -> Any:
     return broken
 
 
+def _first_rows(draft_prefill: Any) -> Any:
+    """The compact prefill takes a tree's first rows instead of those on the accepted path."""
+
+    def broken(step: Any, *args: Any) -> None:
+        first = torch.arange(step.nodes.shape[1]).where(step.nodes >= 0, step.nodes)
+        draft_prefill(step._replace(nodes=first), *args)
+
+    return broken
+
+
 def _inherited(name: str) -> Callable[[Any], Any]:
     """A method of `TreeModelState` left out: vLLM's own in its place."""
 
@@ -146,15 +156,17 @@ MUTATIONS: dict[str, dict[str, tuple[str, Callable[[Any], Any]]]] = {
         **STORE,
         "mask": ("tree.store:place_trees", _star_masks_placed),
         "position": ("tree.store:place_trees", _linear_positions_placed),
+        "draft_gather": ("vllm_plugin.gpu.compact_prefill:draft_prefill", _first_rows),
+        "draft_move": ("tree.store:TreeStore.move_accepted", _nothing),
         "settle": (f"{STATE}.postprocess_state", _inherited("postprocess_state")),
         "sampling_position": (
             "vllm_plugin.gpu.sampler:TreeRejectionSampler._verify", _linear_sampling_positions,
         ),
     },
 }  # fmt: skip
-# The gather of the draft's inputs changes no output, only what the draft reads.
+# What the draft reads changes no output.
 SHOWS_IN_OUTPUT = {
-    runner: [name for name in table if name != "draft_gather"]
+    runner: [name for name in table if not name.startswith("draft_")]
     for runner, table in MUTATIONS.items()
 }
 

@@ -24,6 +24,7 @@ INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
 JOBS = {
     "acceptance_counters": "tests.common.acceptance_counters:acceptance_counters",
     "chain": "tests.common.chain_identity:chain_identity",
+    "count_launches": "tests.common.cuda_graphs.operations:count_launches",
     "draft_rows": "tests.common.draft_rows:draft_rows",
     "graph_answers": "tests.common.cuda_graphs.answers:graph_answers",
     "greedy": "tests.common.lossless:greedy_identity",
@@ -31,6 +32,7 @@ JOBS = {
     "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",
+    "step_operations": "tests.common.cuda_graphs.operations:step_operations",
     "tree": "tests.common.tree_identity:tree_identity",
     "vocabulary": "tests.common.vocabularies:vocabulary_identity",
 }

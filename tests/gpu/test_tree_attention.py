@@ -2,12 +2,14 @@
 
 The same batches as in Triton's interpreter (tests/unit), at the tiles that are used on this device.
 What only shows here: compiled code, asynchronous copies, CUDA graphs. Bounds are the rounding of
-weights and results in the half types.
+weights and results in the half types, and values inside the trees are large, so that losing every
+ancestor above the 32nd node is far outside of them: each comparison shows that, too.
 """
 
 import pytest
 import torch
 
+from tests.common.rounding import largest_error, without_high_ancestors
 from tests.common.tree_batches import (
     EAGLE_25,
     MEDUSA_63,
@@ -18,9 +20,9 @@ from tests.common.tree_batches import (
     unrolled_attention,
 )
 from vllm_msd.kernels import TreeAttentionWorkspace, tree_attention
-from vllm_msd.kernels.tree_attention.eager import tree_attention_eager
 
-BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TREE_VALUES = 100.0
+FLOAT8_TREE_VALUES = 16.0  # of float8's range
 
 
 def _requests() -> list[Request]:
@@ -39,7 +41,11 @@ def _on_device(arguments: tuple) -> list:
     return [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
+def _without_high_ancestors(arguments: tuple) -> tuple:
+    return (*arguments[:7], without_high_ancestors(arguments[7]), arguments[8])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_size", "block_size"),
     [
@@ -53,28 +59,32 @@ def _on_device(arguments: tuple) -> list:
 )
 def test_mixed_batch(dtype, heads, kv_heads, head_size, block_size):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_size": head_size, "block_size": block_size}
-    batch = make_batch(_requests(), dtype=dtype, padding=3, **shape)
+    batch = make_batch(_requests(), dtype=dtype, padding=3, tree_values=TREE_VALUES, **shape)
     arguments = _on_device(batch.args)
     out = torch.full_like(arguments[0], 7.0)
     tree_attention(*arguments, out=out)
     rows = int(batch.args[5][-1])
-    expected = unrolled_attention(batch)[:rows]
-    torch.testing.assert_close(out[:rows].double().cpu(), expected, rtol=0, atol=BOUNDS[dtype])
+    assert 0.05 < largest_error(out[:rows].cpu(), batch.args) <= 1
     assert (out[rows:] == 7).all(), "padding rows were written"
+    broken = tree_attention(*_on_device(_without_high_ancestors(batch.args)))
+    assert largest_error(broken[:rows].cpu(), batch.args) > 3
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_cache(cache_dtype):
     if cache_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("float8_e4m3fn needs compute capability 8.9")
-    batch = make_batch(_requests(), dtype=torch.bfloat16, cache_dtype=cache_dtype, head_size=128)
+    batch = make_batch(
+        _requests(), dtype=torch.bfloat16, cache_dtype=cache_dtype, head_size=128,
+        tree_values=FLOAT8_TREE_VALUES,
+    )  # fmt: skip
     scales = {"k_scale": torch.tensor([0.7]), "v_scale": torch.tensor([1.9])}
-    wide = [batch.args[0].float(), *batch.args[1:]]
-    expected = tree_attention_eager(*wide, **scales)
     on_device = {name: scale.cuda() for name, scale in scales.items()}
     for splits in (1, 4):
         result = tree_attention(*_on_device(batch.args), **on_device, num_splits=splits)
-        torch.testing.assert_close(result.float().cpu(), expected, rtol=0, atol=4e-2)
+        assert 0.05 < largest_error(result.cpu(), batch.args, **scales) <= 1
+    broken = tree_attention(*_on_device(_without_high_ancestors(batch.args)), **on_device)
+    assert largest_error(broken.cpu(), batch.args, **scales) > 3
 
 
 def test_float32_is_exact():
@@ -92,6 +102,7 @@ def test_a_graph_serves_other_batches():
         make_batch(
             [Request(c, random_tree(n, generator)) for c, n in zip(contexts, order, strict=True)],
             heads=4, kv_heads=4, head_size=128, dtype=torch.bfloat16, seed=seed,
+            tree_values=TREE_VALUES,
         )
         for seed, (contexts, order) in enumerate(
             [((2000, 300, 17, 900), sizes), ((40, 1800, 1200, 0), sizes[::-1])]
@@ -122,5 +133,4 @@ def test_a_graph_serves_other_batches():
             mine.copy_(new)
         out.fill_(7.0)
         graph.replay()
-        expected = unrolled_attention(batch)
-        torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=2e-2)
+        assert 0.05 < largest_error(out.cpu(), batch.args) <= 1

@@ -206,6 +206,9 @@ def test_accepted_paths_stand_in_front(chunks, seed):
             if node >= 0:
                 wanted[root + i] = root + node
     assert store.path_rows(batch.num_rows).tolist() == wanted
+    moved = torch.arange(batch.num_rows), torch.arange(2.0 * batch.num_rows).view(-1, 2)
+    store.move_accepted(*moved)
+    assert moved[0].tolist() == wanted and torch.equal(moved[1][:, 0], 2.0 * moved[0])
 
     batch.begin(store)
     assert store.accepted_nodes() is None and store.path_rows(batch.num_rows) is None

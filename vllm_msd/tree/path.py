@@ -27,3 +27,19 @@ def path_index(root_rows: Tensor, nodes: Tensor, num_rows: int) -> Tensor:
     to = torch.where(real, root_rows[:, None] + offset, num_rows)
     come_from = torch.where(real, root_rows[:, None] + nodes, num_rows)
     return index.scatter(0, to.flatten(), come_from.flatten())[:num_rows]
+
+
+def path_moves(root_rows: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that move: ``rows[to] = rows[come_from]`` brings the accepted nodes to the front.
+
+    As `path_index`, for few rows among many: padding moves the root onto itself.
+
+    Args:
+        root_rows, nodes: as in `path_index`.
+
+    Returns:
+        ``to`` and ``come_from``, ``[R, T]`` int64.
+    """
+    offset = torch.arange(nodes.shape[1], device=nodes.device)
+    to = torch.where(nodes >= 0, offset, 0)
+    return root_rows[:, None] + to, root_rows[:, None] + nodes.clamp(min=0)

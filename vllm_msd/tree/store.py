@@ -8,7 +8,7 @@ goes to the i-th slot after the root's. A step goes through the store like this:
     shift         rotary positions: a node's is its root's plus its depth
     open_step, place    both, by a kernel that reads nothing on the host
     accept        the walk down each tree along the target's draws
-    path_rows     hidden states and token ids of the accepted path in front: the drafter's input
+    path_rows, move_accepted    rows of the accepted path in front: the drafter's input
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_msd.kernels import AcceptedPaths, accept, place_trees
 from vllm_msd.tree.chains import lay_out_chains
-from vllm_msd.tree.path import path_index
+from vllm_msd.tree.path import path_index, path_moves
 from vllm_msd.tree.record import DraftTree
 from vllm_msd.tree.relations import chain_parents
 from vllm_msd.tree.rows import TreeRows
@@ -210,6 +210,19 @@ class TreeStore:
         if len(self.accepted) == 1:
             return self.accepted[0].nodes
         return torch.cat([found.nodes for found in self.accepted]) if self.accepted else None
+
+    def move_accepted(self, *tensors: Tensor) -> None:
+        """Move the rows of the accepted nodes behind the root's, in place; nothing else moves.
+
+        Args:
+            tensors: ``[rows, ...]`` each, one row for each row of the step.
+        """
+        nodes = self.accepted_nodes()
+        if nodes is None or self.step is None:
+            return
+        to, come_from = path_moves(self.step.root_rows, nodes)
+        for rows in tensors:
+            rows[to] = rows[come_from]
 
     def path_rows(self, num_rows: int) -> Tensor | None:
         """Where each of the step's rows comes from (`path_index`); None: all stay."""

@@ -51,8 +51,8 @@ def gpu_wiring(
 def replays(engine: Any) -> dict[str, dict[str, int]]:
     """How often the captured graphs of an in-process engine were replayed: by manager and size.
 
-    ``target``, ``prefill`` (the draft's) and ``decode`` (its levels or steps); empty without
-    graphs.
+    ``target``, ``prefill`` (the draft's), ``compact`` (the same after trees) and ``decode`` (its
+    levels or steps); empty without graphs.
     """
     if fp32_engine.CUDAGRAPH_MODE is None:
         return {}
@@ -61,6 +61,7 @@ def replays(engine: Any) -> dict[str, dict[str, int]]:
     managers = {
         "target": getattr(runner, "cudagraph_manager", None),
         "prefill": getattr(speculator, "prefill_cudagraph_manager", None),
+        "compact": getattr(speculator, "compact_cudagraph_manager", None),
         "decode": getattr(speculator, "decode_cudagraph_manager", None),
     }
     return {

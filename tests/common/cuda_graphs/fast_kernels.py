@@ -86,6 +86,7 @@ GROWING = {
     "beam_step": ("beam_step_eager",),
     "rerank": ("rerank_eager",),
     "place_trees": ("place_trees_eager",),
+    "draft_prefill": ("draft_prefill_eager",),
 }
 
 

@@ -1,8 +1,9 @@
 """Model Runner V2: drafts a tree for each request instead of a chain.
 
-The draft's prefill is vLLM's own, on rows gathered along the accepted path. All levels after it are
-one CUDA graph for each number of requests, where the target decodes in graphs. (The file is long
-for the signatures of the methods it overrides; what they share is one set of buffers.)
+The draft's prefill is vLLM's own, on rows moved along the accepted path; where all requests
+verified a tree, it is a compact one (`compact_prefill`). All levels after it are one CUDA graph for
+each number of requests, where the target decodes in graphs. (The file is long for the signatures of
+the methods it overrides; what they share is one set of buffers.)
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
 from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
 from vllm_msd.vllm_plugin.gpu.backend import provide_workspace, register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
+from vllm_msd.vllm_plugin.gpu.compact_prefill import CompactPrefill
 from vllm_msd.vllm_plugin.gpu.head import DraftHead
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 from vllm_msd.vllm_plugin.gpu.tree_graphs import TreeCudaGraphManager
@@ -69,6 +71,9 @@ class TreeSpeculator(ChainSpeculator):
         self.block_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         self.kv_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int64, device=device)
         self.block_size = 1
+        self.compact = CompactPrefill(self)
+        # An attribute beside vLLM's own, so that vLLM finds it when it measures graphs' memory.
+        self.compact_cudagraph_manager: TreeCudaGraphManager | None = None
 
     @override
     def load_model(self, target_model: nn.Module) -> None:
@@ -128,6 +133,15 @@ class TreeSpeculator(ChainSpeculator):
         self.decode_cudagraph_manager = TreeCudaGraphManager(
             self.vllm_config, self.device, mode, self.shape.top_k
         )
+        self.compact_cudagraph_manager = TreeCudaGraphManager(
+            self.vllm_config, self.device, mode, self.compact.width
+        )
+
+    @override
+    def capture(self) -> None:
+        """As the base class, and the compact prefill."""
+        super().capture()
+        self.compact.capture()
 
     @override
     def sample_draft(
@@ -165,31 +179,32 @@ class TreeSpeculator(ChainSpeculator):
             store.
         """
         num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping
-        rows = self.model_state.store.path_rows(len(last_hidden_states)) if not dummy_run else None
-        if rows is not None:
-            input_batch.input_ids.copy_(input_batch.input_ids[rows])
-            last_hidden_states = last_hidden_states[rows]
-        drafts = super().propose(
-            input_batch,
-            attn_metadata,
-            slot_mappings,
-            last_hidden_states,
-            aux_hidden_states,
-            num_sampled,
-            num_rejected,
-            last_sampled,
-            next_prefill_tokens,
-            temperature,
-            seeds,
-            dp_sync_state,
-            dummy_run,
-            skip_attn_for_dummy_run,
-            mm_inputs,
-            is_profile,
-            num_speculative_tokens=0 if num_speculative_tokens == 0 else 1,
-        )
-        if num_speculative_tokens == 0:
-            return drafts
+        if not dummy_run and num_speculative_tokens != 0 and self.compact.fits(input_batch):
+            self.compact.run(input_batch, last_hidden_states, last_sampled)
+        else:
+            if not dummy_run:
+                self.model_state.store.move_accepted(input_batch.input_ids, last_hidden_states)
+            drafts = super().propose(
+                input_batch,
+                attn_metadata,
+                slot_mappings,
+                last_hidden_states,
+                aux_hidden_states,
+                num_sampled,
+                num_rejected,
+                last_sampled,
+                next_prefill_tokens,
+                temperature,
+                seeds,
+                dp_sync_state,
+                dummy_run,
+                skip_attn_for_dummy_run,
+                mm_inputs,
+                is_profile,
+                num_speculative_tokens=0 if num_speculative_tokens == 0 else 1,
+            )
+            if num_speculative_tokens == 0:
+                return drafts
         self._draft(
             num_reqs,
             input_batch.seq_lens_cpu_upper_bound[:num_reqs],
@@ -234,11 +249,7 @@ class TreeSpeculator(ChainSpeculator):
             self._set_query_starts(num_reqs)
             desc = self.decode_cudagraph_manager.dispatch(num_reqs, num_reqs * k, k, 0)
             if desc.cg_mode == CUDAGraphMode.FULL:
-                for groups in self.attn_groups:
-                    for group in groups:
-                        group.map_to_kernel_block_table(
-                            self.block_tables.input_block_tables[group.kv_cache_group_id]
-                        )
+                self.refresh_block_tables()
                 self.decode_cudagraph_manager.run_fullgraph(desc)
                 return
         longest = int(seq_lens_cpu.max()) + self.shape.depth * k
@@ -255,6 +266,14 @@ class TreeSpeculator(ChainSpeculator):
                 self.block_tables.gather_block_tables(self.idx_mapping[chosen], count)
             metadata_of = self._fresh_metadata(count, seq_lens_cpu[chosen])
             self._grow(chosen, self._slot_mappings(count), metadata_of)
+
+    def refresh_block_tables(self) -> None:
+        """Bring up to date what the draft's graphs read of the batch's block tables."""
+        for groups in self.attn_groups:
+            for group in groups:
+                group.map_to_kernel_block_table(
+                    self.block_tables.input_block_tables[group.kv_cache_group_id]
+                )
 
     def _set_query_starts(self, num_reqs: int) -> None:
         """``query_start_loc`` of a level; the padding requests of a graph get no rows."""
@@ -305,14 +324,13 @@ class TreeSpeculator(ChainSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode,
         num_speculative_steps: int = 0,
     ) -> None:
-        """What vLLM captures: all levels, over one metadata object that is brought up to date."""
+        """What vLLM captures: all levels, over one metadata object.
 
-        def update(level: int) -> dict[str, Any]:
-            self._update_draft_decode_metadata(attn_metadata, num_reqs)
-            return attn_metadata
-
+        What the parent of our attention prepares on the device is not brought up to date: every row
+        of a level is in a tree, and takes the tree kernel.
+        """
         self._keep_roots(num_reqs)
-        self._grow(slice(0, num_reqs), slot_mappings, update)
+        self._grow(slice(0, num_reqs), slot_mappings, lambda level: attn_metadata)
 
     def _grow(
         self,

@@ -1,0 +1,1 @@
+"""The draft's rows along accepted paths: eager twin, Triton kernel, public call."""

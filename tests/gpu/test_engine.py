@@ -1,0 +1,51 @@
+"""Engines on a CUDA device, decoding in CUDA graphs: the same answers with chains and with trees.
+
+What only shows here: real graphs and streams, a host that waits for the device once an engine
+serves (vLLM's VLLM_GPU_SYNC_CHECK ends it), kernels of ours that are compiled only then, and
+FLASH_ATTN around the tree kernel. vLLM has to be installed for the device.
+
+`python -m tests.common.gpu_engine` without a device rehearses an engine on the CPU.
+"""
+
+from functools import cache
+
+import pytest
+
+from tests.common.gpu_engine import gpu_engine_answers
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+TREE = {"tree": [5, 4], "spec_tokens": 16}
+
+
+@cache
+def answers(draft, dtype="float32", backend=None):
+    kinds = {"none": {"draft": False}, "chain": {"spec_tokens": 5}, "tree": TREE}
+    return gpu_engine_answers(dtype=dtype, backend=backend, **kinds[draft])
+
+
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_greedy_answers_are_those_of_no_speculation(draft):
+    """In float32, where near ties do not fall by rounding."""
+    got = answers(draft)
+    assert got["graphs"] > 0
+    assert got["ids"] == answers("none")["ids"]
+    assert got["acceptance"]["accepted"] > 50 and got["acceptance"]["rejected"] > 50
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_either_backend_goes_around_the_trees(backend):
+    """In bfloat16 near ties can fall either way, so most answers are the same, not all."""
+    got, plain = answers("tree", "bfloat16", backend), answers("none", "bfloat16", backend)
+    assert backend in got["backends"]
+    same = sum(a == b for a, b in zip(got["ids"], plain["ids"], strict=True))
+    assert same >= len(plain["ids"]) * 3 // 4
+    # As many tokens a step as in float32, within what few differing answers change.
+    exact = answers("tree")["acceptance"]
+    share = got["acceptance"]["accepted"] / got["acceptance"]["steps"]
+    assert abs(share - exact["accepted"] / exact["steps"]) < 0.5
+
+
+def test_no_kernel_of_ours_is_compiled_while_serving():
+    found = answers("tree")
+    assert any(name.startswith("vllm_msd") for name in found["compiled_at_start"])
+    assert [name for name in found["compiled_late"] if name.startswith("vllm_msd")] == []
