@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from tests.common import tiny
+from tests.common import small_vocabulary, tiny
 from tests.common.long import long_but
 from tests.common.tiny_targets import VOCAB, printable_ids
 from tests.common.vocabularies import trimmed
@@ -17,7 +17,7 @@ from tests.common.worker import run_worker
 
 HALF = sorted(printable_ids())[::2]
 CASES = {
-    "v1": ["mixed_batch", "penalties", "structured_output", "constrained_beside_free"],
+    "v1": ["mixed_batch", "constrained_beside_free"],
     "v2": ["mixed_batch", "structured_output"],
 }
 WAYS = {
@@ -27,6 +27,7 @@ WAYS = {
     "drawn": {"spec_tokens": 4, "draft_sample_method": "probabilistic"},
 }
 RUNS = [("v1", "chain"), ("v1", "tree"), ("v1", "drawn"), ("v2", "chain"), ("v2", "tree")]
+FALSE_ALARM = 1e-6  # the chance of each test of a law to fail by accident
 SHORT = {run for run in RUNS if run[0] == "v1"}
 
 
@@ -91,3 +92,34 @@ def test_two_tensor_parallel_ranks(drafts):
     one = run_worker("vocabulary", "v1", **arguments)["chain"]["half"]["cases"]
     two = run_worker("vocabulary", "v1", tensor_parallel_size=2, **arguments)["chain"]["half"]
     assert two["cases"] == one
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("runner", "way", "draws"),
+    [("v1", "drawn", 4_096), ("v1", "tree", 4_096), ("v2", "drawn", 2_048)],
+)
+def test_draws_follow_the_targets_law(tmp_path, runner, way, draws):
+    """As `test_lossless_sampling`, with a draft that can propose half of 24 tokens.
+
+    ``drawn`` proposals come from the draft's own law, which is 0 outside its vocabulary.
+    """
+    target, draft = small_vocabulary.build(tmp_path / "pair")
+    folder = trimmed(draft, tmp_path / "pair" / "half", list(range(0, small_vocabulary.VOCAB, 2)))
+    settings = {
+        "tree": {"spec_tokens": 8, "tree": (2, 3)},
+        "drawn": {"spec_tokens": 2, "draft_sample_method": "probabilistic"},
+    }[way]
+    report = run_worker(
+        "sampling", runner, target=target, draft=folder, draws=draws, control_draws=0, seed=22,
+        settings=[{"temperature": 1.0}], **settings,
+    )  # fmt: skip
+    assert [trial["prompt"] for trial in report["trials"]] == ["text", "image"]
+    for trial in report["trials"]:
+        assert trial["draws"] == draws // 2
+        assert trial["batch"]["accepted"] > 100
+        assert trial["batch"]["rejected"] > 100
+        for position, result in enumerate(trial["positions"]):
+            where = f"{trial['prompt']} prompt, token {position}: {result}"
+            assert result["cells"] > 0, where
+            assert result["p"] > FALSE_ALARM, where

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from vllm_msd.checkpoint import files, weights
 from vllm_msd.checkpoint.fit import check_draft_fits_target, text_config
+from vllm_msd.checkpoint.speculators import speculators_fields
 from vllm_msd.draft import MSDDraftConfig, TargetInfo
+from vllm_msd.draft.config import layout_of
 from vllm_msd.draft.vocabulary import OFFSETS, token_ids_of
 from vllm_msd.errors import CheckpointError
 from vllm_msd.storage import PARTIAL, check_folder, replacing, storage_errors
@@ -77,6 +79,8 @@ def save_draft(
 ) -> Path:
     """Write a draft in our own format; an existing one is replaced as a whole.
 
+    Where its target is recorded, ``vllm serve`` finds it from the draft (see ``speculators.py``).
+
     The config comes last: while it and the weights do not belong together there is none, so that
     no reader takes a half-written draft for a whole one.
 
@@ -123,7 +127,8 @@ def save_draft(
         # safetensors wants memory of its own for every tensor.
         tensors[name] = x.detach().to("cpu", copy=True).contiguous()
     note(f"writing {folder / files.OWN_WEIGHTS}")
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    content = {**config.to_dict(), **speculators_fields(config, folder)}
+    text = json.dumps(content, indent=2) + "\n"
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / files.CONFIG) as new_config:
@@ -205,7 +210,7 @@ def _read(
     config, raw = files.read_config(folder)
     paths, index = files.weight_files(folder)
     headers = weights.read_headers(paths, index)
-    layout = raw["model_type"]
+    layout = layout_of(raw)
     problems = weights.all_problems(config, headers, needs_embedding=layout != "msd")
     if problems:
         raise CheckpointError(
