@@ -87,13 +87,23 @@ def test_a_converted_draft_says_how_it_is_served(draft, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "own")]) == 0
 
 
-def test_a_target_s_folder_is_named_in_full(draft, tmp_path, capsys):
+def test_a_target_s_folder_is_named_in_full_where_vllm_reads_it(draft, tmp_path, capsys):
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(QWEN25))
-    command = ["convert", str(draft), str(tmp_path / "own"), "--target", str(target)]
-    assert main([*command, "--format", "speculators"]) == 0
+
+    def written(name, *flags):
+        assert main(["convert", str(draft), str(tmp_path / name), *flags]) == 0
+        return json.loads((tmp_path / name / "config.json").read_text())
+
+    movable = written("movable", "--target", str(target))
+    assert movable["target"]["name_or_path"] == "../target"
+    assert "speculators_config" not in movable  # vLLM would look for it elsewhere
+    assert main(["convert", str(tmp_path / "movable"), str(tmp_path / "kept")]) == 0
+    flags = ("--format", "speculators")
+    capsys.readouterr()
+    found = written("found", "--target", str(target), *flags)
+    assert found["speculators_config"]["verifier"]["name_or_path"] == str(target)
     assert f"vllm serve {target} --speculative-model" in capsys.readouterr().out
-    config = json.loads((tmp_path / "own" / "config.json").read_text())
-    assert config["target"]["name_or_path"] == "../target"
-    assert config["speculators_config"]["verifier"]["name_or_path"] == str(target)
+    draft = tmp_path / "movable"
+    assert written("again", *flags)["speculators_config"] == found["speculators_config"]

@@ -6,14 +6,19 @@ target says (``half``).
 """
 
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.common import small_vocabulary, tiny
 from tests.common.long import long_but
 from tests.common.tiny_targets import VOCAB, printable_ids
 from tests.common.vocabularies import trimmed
 from tests.common.worker import run_worker
+from vllm_msd.errors import CheckpointError, ConfigError
 
 HALF = sorted(printable_ids())[::2]
 CASES = {
@@ -76,6 +81,42 @@ def test_a_vocabulary_of_all_tokens_is_none(reports, runner, way):
     """Same drafts and same counts in every case."""
     report = reports(runner)[way]
     assert report["all"] == report["whole"]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("offsets", "settings", "message"),
+    [
+        ([0, 0, 400], {}, "got the token id 402, expected 0 to 319"),
+        ([5, 4, 0], {}, "got the token id 5 more than once"),
+        ([0, 0, 0], {"num_speculative_tokens": 9, "tree_depth": 2, "tree_top_k": 4},
+         "tree_top_k: got 4, expected at most 3"),
+    ],
+)  # fmt: skip
+def test_refused_before_the_engine_starts(drafts, tmp_path, offsets, settings, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    target, folders = drafts
+    folder = Path(trimmed(folders["whole"], tmp_path / "draft", [0, 1, 2]))
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "d2t": torch.tensor(offsets)}, folder / "model.safetensors")
+    arguments = EngineArgs(
+        model=target,
+        max_model_len=512,
+        speculative_config={"method": "msd", "model": str(folder), **settings},
+    )
+    with pytest.raises(ValueError, match=message):
+        arguments.create_engine_config()
+
+
+def test_a_head_without_plain_rows_is_refused():
+    from vllm_msd.vllm_plugin.own_head import own_head
+
+    head = SimpleNamespace(org_vocab_size=320, quant_method=SimpleNamespace())
+    with pytest.raises(CheckpointError, match="the target's head is quantized"):
+        own_head(head, torch.tensor([1, 2]))
+    with pytest.raises(ConfigError, match="got the token id 320"):
+        own_head(head, torch.tensor([1, 320]))
 
 
 @pytest.mark.long

@@ -18,13 +18,17 @@ _LAYER_FIELDS = (
 
 
 def speculators_fields(config: MSDDraftConfig, folder: Path) -> dict[str, Any]:
-    """Further keys of ``config.json``; none where the target is not recorded.
+    """Further keys of ``config.json``; none where the target's name means nothing to vLLM.
+
+    That is where none is recorded, or a path relative to the draft's folder: such a pair may be
+    moved, and the target's draft is found by vllm-msd.
 
     Args:
         config: of the draft.
-        folder: of the draft. A target's folder is named by its full path, as vLLM wants it.
+        folder: of the draft.
     """
-    if config.target.name_or_path is None:
+    name = config.target.name_or_path
+    if name is None or not (Path(name).is_absolute() or target_place(folder, name) == name):
         return {}
     architecture = config.target.architecture
     layer = {"model_type": config.layer_type, "rope_theta": config.rope_theta}
@@ -38,7 +42,7 @@ def speculators_fields(config: MSDDraftConfig, folder: Path) -> dict[str, Any]:
                 {"proposal_type": "greedy", "speculative_tokens": config.num_speculative_tokens}
             ],
             "verifier": {
-                "name_or_path": target_place(folder, config.target.name_or_path),
+                "name_or_path": name,
                 "architectures": [] if architecture is None else [architecture],
             },
         },

@@ -79,7 +79,7 @@ def save_draft(
 ) -> Path:
     """Write a draft in our own format; an existing one is replaced as a whole.
 
-    Where its target is recorded, ``vllm serve`` finds it from the draft (see ``speculators.py``).
+    ``vllm serve`` finds a target of a hub name or full path from the draft: ``speculators.py``.
 
     The config comes last: while it and the weights do not belong together there is none, so that
     no reader takes a half-written draft for a whole one.
@@ -176,6 +176,7 @@ def convert_draft(
     target: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    movable: bool = True,
 ) -> MSDDraftConfig:
     """Turn a draft in any layout into one in our own format, weights unchanged.
 
@@ -186,6 +187,8 @@ def convert_draft(
             checked to fit, a hub name is recorded as it is.
         force: write into a folder that is not empty.
         progress: called with a line per step.
+        movable: record a target's folder that lies near the draft's by its relative path. By a full
+            path ``vllm serve`` finds it from the draft.
 
     Returns:
         The new checkpoint's config.
@@ -197,9 +200,9 @@ def convert_draft(
     source, folder = files.locate(src), Path(dst).expanduser()
     check_destination(folder, source, force)
     config = load_draft_config(source)
-    target_info = config.target if target is None else _target_info(target, config, folder)
+    info = config.target if target is None else _target_info(target, config, folder, movable)
     _, state = load_draft(source)
-    save_draft(folder, config, state, target_info, progress)
+    save_draft(folder, config, state, info, progress)
     return load_draft_config(folder)
 
 
@@ -221,7 +224,9 @@ def _read(
     return config, headers, paths
 
 
-def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path) -> TargetInfo:
+def _target_info(
+    target: str | Path, config: MSDDraftConfig, draft_folder: Path, movable: bool
+) -> TargetInfo:
     """What to record about the target; a local one is checked."""
     folder = Path(target).expanduser()
     if not folder.is_dir():
@@ -242,11 +247,11 @@ def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path)
             "target."
         ) from error
     check_draft_fits_target(config, hf_config)
-    return target_info(target, hf_config, draft_folder)
+    return target_info(target, hf_config, draft_folder, movable)
 
 
 def target_info(
-    target: str | Path, hf_config: "PreTrainedConfig", draft_folder: Path
+    target: str | Path, hf_config: "PreTrainedConfig", draft_folder: Path, movable: bool = True
 ) -> TargetInfo:
     """What a draft in ``draft_folder`` records about its target, a folder or hub name."""
     name, draft_folder = Path(target).expanduser(), draft_folder.resolve()
@@ -254,7 +259,7 @@ def target_info(
     if name.is_dir():
         name = name.resolve()
         # A pair that lies together stays a pair when it is moved.
-        is_near = draft_folder.parent in (name, name.parent)
+        is_near = movable and draft_folder.parent in (name, name.parent)
         recorded = os.path.relpath(name, draft_folder) if is_near else str(name)
     text = text_config(hf_config)
     architecture = hf_config.architectures[0] if hf_config.architectures else None

@@ -41,8 +41,8 @@ def _add_convert(subparsers: argparse._SubParsersAction) -> None:
         "--format",
         choices=("msd", "speculators"),
         default="msd",
-        help="speculators insists on what `vllm serve DRAFT` needs: a target that is recorded "
-        "(default: msd, which has that where the target is known)",
+        help="speculators insists on what `vllm serve DRAFT` needs: the target's hub name or full "
+        "path (default: msd, in which a pair of folders side by side can be moved)",
     )
     parser.add_argument(
         "--force", action="store_true", help="write into a folder that is not empty"
@@ -54,12 +54,15 @@ def _convert(args: argparse.Namespace) -> int:
     from vllm_msd.checkpoint import convert_draft
 
     target = args.target or known_target(args.src)
-    if args.format == "speculators" and target is None and recorded_target(args.src) is None:
-        raise CheckpointError(
-            f"{args.src}: it does not say which target it is for, which --format speculators needs."
-            " Give --target."
-        )
-    config = convert_draft(args.src, args.dst, target, args.force, _report)
+    is_movable = args.format == "msd"
+    if not is_movable and target is None:
+        target = recorded_target(args.src)
+        if target is None:
+            raise CheckpointError(
+                f"{args.src}: it does not say which target it is for, which --format speculators "
+                "needs. Give --target."
+            )
+    config = convert_draft(args.src, args.dst, target, args.force, _report, is_movable)
     print(f"wrote {args.dst}: {config.layer_type} draft, hidden size {config.hidden_size}")
     if args.format == "speculators":
         print(_how_to_serve(args.dst, str(config.target.name_or_path)))
