@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.common.drafts import write_published
+from tests.common.drafts import QWEN25, write_published
 from vllm_msd.cli.main import main
 
 
@@ -67,3 +67,43 @@ def test_help_shows_examples(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"  vllm-msd {command} " in capsys.readouterr().out
+
+
+def test_a_converted_draft_says_how_it_is_served(draft, tmp_path, capsys):
+    command = ["convert", str(draft), str(tmp_path / "own"), "--format", "speculators"]
+    assert main(command) == 2
+    assert "Give --target" in capsys.readouterr().err
+    assert main([*command, "--target", "org/target"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"vllm serve {tmp_path / 'own'}")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert config["speculators_model_type"] == "msd"
+    found = config["speculators_config"]
+    assert found["verifier"]["name_or_path"] == "org/target"
+    assert found["proposal_methods"][0]["speculative_tokens"] == config["num_speculative_tokens"]
+    assert config["transformer_layer_config"]["hidden_size"] == 32
+    # Without our own key, as other tools write it.
+    del config["model_type"]
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path / "own")]) == 0
+
+
+def test_a_target_s_folder_is_named_in_full_where_vllm_reads_it(draft, tmp_path, capsys):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(QWEN25))
+
+    def written(name, *flags):
+        assert main(["convert", str(draft), str(tmp_path / name), *flags]) == 0
+        return json.loads((tmp_path / name / "config.json").read_text())
+
+    movable = written("movable", "--target", str(target))
+    assert movable["target"]["name_or_path"] == "../target"
+    assert "speculators_config" not in movable  # vLLM would look for it elsewhere
+    assert main(["convert", str(tmp_path / "movable"), str(tmp_path / "kept")]) == 0
+    flags = ("--format", "speculators")
+    capsys.readouterr()
+    found = written("found", "--target", str(target), *flags)
+    assert found["speculators_config"]["verifier"]["name_or_path"] == str(target)
+    assert f"vllm serve {target} --speculative-model" in capsys.readouterr().out
+    draft = tmp_path / "movable"
+    assert written("again", *flags)["speculators_config"] == found["speculators_config"]

@@ -37,6 +37,12 @@ def test_a_target_with_more_rows_fits():
             {**LLAVA, "architectures": ["LlavaNextForConditionalGeneration"]},
             "llava, got",
         ),
+        (
+            "llava",
+            {"draft_vocab_size": 9, "target": TargetInfo(vocab_size=50)},
+            LLAVA,
+            "draft vocabulary: it was chosen among 50 tokens, and the target has 48",
+        ),
         ("qwen2_vl", {}, {"model_type": "qwen3_vl"}, "family qwen2_vl, got qwen3_vl"),
         ("llava", {}, {"model_type": "llama", "hidden_size": 32}, "got llama, expected one of"),
         ("llava", {}, {"model_type": "unheard-of"}, "model that transformers knows"),

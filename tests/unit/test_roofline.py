@@ -292,6 +292,25 @@ def test_script_says_what_is_wrong(script, monkeypatch, capsys, tmp_path):
     assert "error: launches: " in capsys.readouterr().err
 
 
+def test_the_table_of_draft_vocabularies():
+    """`docs/training.md` says what `predict` gives, on an H100 as on an H200."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    for vocab in (65_536, 32_768, 16_384, 8_192):
+        for device in (H100, H200):
+            cells = []
+            for shape, arm in ((QWEN, CHAIN), (QWEN, WIDE), (LLAVA, CHAIN)):
+                whole = predict(shape, device, arm, 1).bound
+                trimmed = predict(shape, device, arm, 1, draft_vocab=vocab).bound
+                cells.append(f"{whole / trimmed:.2f}x" if vocab < shape.vocab else "-")
+            assert f"| {vocab:,} | {' | '.join(cells)} |" in text
+    level = QWEN.layer_parameters + QWEN.fc_parameters
+    sizes = [2e-9 * (level + rows * QWEN.hidden) for rows in (QWEN.vocab, 32_768)]
+    assert f"reads {sizes[0]:.2f} GB" in text and f"a level is {sizes[1]:.2f} GB" in text
+    assert f"is {QWEN.head_parameters / (level + QWEN.head_parameters):.0%}".replace("%", " %") in (
+        " ".join(text.split())
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "device"),
     [

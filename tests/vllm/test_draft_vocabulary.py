@@ -6,18 +6,23 @@ target says (``half``).
 """
 
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.common import tiny
+from tests.common import small_vocabulary, tiny
 from tests.common.long import long_but
 from tests.common.tiny_targets import VOCAB, printable_ids
 from tests.common.vocabularies import trimmed
 from tests.common.worker import run_worker
+from vllm_msd.errors import CheckpointError, ConfigError
 
 HALF = sorted(printable_ids())[::2]
 CASES = {
-    "v1": ["mixed_batch", "penalties", "structured_output", "constrained_beside_free"],
+    "v1": ["mixed_batch", "constrained_beside_free"],
     "v2": ["mixed_batch", "structured_output"],
 }
 WAYS = {
@@ -27,6 +32,7 @@ WAYS = {
     "drawn": {"spec_tokens": 4, "draft_sample_method": "probabilistic"},
 }
 RUNS = [("v1", "chain"), ("v1", "tree"), ("v1", "drawn"), ("v2", "chain"), ("v2", "tree")]
+FALSE_ALARM = 1e-6  # the chance of each test of a law to fail by accident
 SHORT = {run for run in RUNS if run[0] == "v1"}
 
 
@@ -77,6 +83,42 @@ def test_a_vocabulary_of_all_tokens_is_none(reports, runner, way):
     assert report["all"] == report["whole"]
 
 
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("offsets", "settings", "message"),
+    [
+        ([0, 0, 400], {}, "got the token id 402, expected 0 to 319"),
+        ([5, 4, 0], {}, "got the token id 5 more than once"),
+        ([0, 0, 0], {"num_speculative_tokens": 9, "tree_depth": 2, "tree_top_k": 4},
+         "tree_top_k: got 4, expected at most 3"),
+    ],
+)  # fmt: skip
+def test_refused_before_the_engine_starts(drafts, tmp_path, offsets, settings, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    target, folders = drafts
+    folder = Path(trimmed(folders["whole"], tmp_path / "draft", [0, 1, 2]))
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "d2t": torch.tensor(offsets)}, folder / "model.safetensors")
+    arguments = EngineArgs(
+        model=target,
+        max_model_len=512,
+        speculative_config={"method": "msd", "model": str(folder), **settings},
+    )
+    with pytest.raises(ValueError, match=message):
+        arguments.create_engine_config()
+
+
+def test_a_head_without_plain_rows_is_refused():
+    from vllm_msd.vllm_plugin.own_head import own_head
+
+    head = SimpleNamespace(org_vocab_size=320, quant_method=SimpleNamespace())
+    with pytest.raises(CheckpointError, match="the target's head is quantized"):
+        own_head(head, torch.tensor([1, 2]))
+    with pytest.raises(ConfigError, match="got the token id 320"):
+        own_head(head, torch.tensor([1, 320]))
+
+
 @pytest.mark.long
 def test_two_tensor_parallel_ranks(drafts):
     """Rows of the own head come from both ranks' parts of the target's."""
@@ -91,3 +133,34 @@ def test_two_tensor_parallel_ranks(drafts):
     one = run_worker("vocabulary", "v1", **arguments)["chain"]["half"]["cases"]
     two = run_worker("vocabulary", "v1", tensor_parallel_size=2, **arguments)["chain"]["half"]
     assert two["cases"] == one
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("runner", "way", "draws"),
+    [("v1", "drawn", 4_096), ("v1", "tree", 4_096), ("v2", "drawn", 2_048)],
+)
+def test_draws_follow_the_targets_law(tmp_path, runner, way, draws):
+    """As `test_lossless_sampling`, with a draft that can propose half of 24 tokens.
+
+    ``drawn`` proposals come from the draft's own law, which is 0 outside its vocabulary.
+    """
+    target, draft = small_vocabulary.build(tmp_path / "pair")
+    folder = trimmed(draft, tmp_path / "pair" / "half", list(range(0, small_vocabulary.VOCAB, 2)))
+    settings = {
+        "tree": {"spec_tokens": 8, "tree": (2, 3)},
+        "drawn": {"spec_tokens": 2, "draft_sample_method": "probabilistic"},
+    }[way]
+    report = run_worker(
+        "sampling", runner, target=target, draft=folder, draws=draws, control_draws=0, seed=22,
+        settings=[{"temperature": 1.0}], **settings,
+    )  # fmt: skip
+    assert [trial["prompt"] for trial in report["trials"]] == ["text", "image"]
+    for trial in report["trials"]:
+        assert trial["draws"] == draws // 2
+        assert trial["batch"]["accepted"] > 100
+        assert trial["batch"]["rejected"] > 100
+        for position, result in enumerate(trial["positions"]):
+            where = f"{trial['prompt']} prompt, token {position}: {result}"
+            assert result["cells"] > 0, where
+            assert result["p"] > FALSE_ALARM, where

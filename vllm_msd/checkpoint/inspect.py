@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_msd.checkpoint import files, weights
+from vllm_msd.draft.config import layout_of
 from vllm_msd.draft.vocabulary import OFFSETS
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
@@ -26,7 +27,7 @@ def inspect_draft(path: str | Path, revision: str | None = None) -> dict[str, An
     folder = files.locate(path, revision)
     config, raw = files.read_config(folder)
     headers = weights.read_headers(*files.weight_files(folder))
-    layout = raw["model_type"]
+    layout = layout_of(raw)
     used = [h for h in headers.values() if not weights.is_derived(h.name)]
     return {
         "path": str(folder),

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from vllm_msd.checkpoint import files, weights
 from vllm_msd.checkpoint.fit import check_draft_fits_target, text_config
+from vllm_msd.checkpoint.speculators import speculators_fields
 from vllm_msd.draft import MSDDraftConfig, TargetInfo
+from vllm_msd.draft.config import layout_of
 from vllm_msd.draft.vocabulary import OFFSETS, token_ids_of
 from vllm_msd.errors import CheckpointError
 from vllm_msd.storage import PARTIAL, check_folder, replacing, storage_errors
@@ -77,6 +79,8 @@ def save_draft(
 ) -> Path:
     """Write a draft in our own format; an existing one is replaced as a whole.
 
+    ``vllm serve`` finds a target of a hub name or full path from the draft: ``speculators.py``.
+
     The config comes last: while it and the weights do not belong together there is none, so that
     no reader takes a half-written draft for a whole one.
 
@@ -123,7 +127,8 @@ def save_draft(
         # safetensors wants memory of its own for every tensor.
         tensors[name] = x.detach().to("cpu", copy=True).contiguous()
     note(f"writing {folder / files.OWN_WEIGHTS}")
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    content = {**config.to_dict(), **speculators_fields(config, folder)}
+    text = json.dumps(content, indent=2) + "\n"
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / files.CONFIG) as new_config:
@@ -171,6 +176,7 @@ def convert_draft(
     target: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    movable: bool = True,
 ) -> MSDDraftConfig:
     """Turn a draft in any layout into one in our own format, weights unchanged.
 
@@ -181,6 +187,8 @@ def convert_draft(
             checked to fit, a hub name is recorded as it is.
         force: write into a folder that is not empty.
         progress: called with a line per step.
+        movable: record a target's folder that lies near the draft's by its relative path. By a full
+            path ``vllm serve`` finds it from the draft.
 
     Returns:
         The new checkpoint's config.
@@ -192,9 +200,9 @@ def convert_draft(
     source, folder = files.locate(src), Path(dst).expanduser()
     check_destination(folder, source, force)
     config = load_draft_config(source)
-    target_info = config.target if target is None else _target_info(target, config, folder)
+    info = config.target if target is None else _target_info(target, config, folder, movable)
     _, state = load_draft(source)
-    save_draft(folder, config, state, target_info, progress)
+    save_draft(folder, config, state, info, progress)
     return load_draft_config(folder)
 
 
@@ -205,7 +213,7 @@ def _read(
     config, raw = files.read_config(folder)
     paths, index = files.weight_files(folder)
     headers = weights.read_headers(paths, index)
-    layout = raw["model_type"]
+    layout = layout_of(raw)
     problems = weights.all_problems(config, headers, needs_embedding=layout != "msd")
     if problems:
         raise CheckpointError(
@@ -216,7 +224,9 @@ def _read(
     return config, headers, paths
 
 
-def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path) -> TargetInfo:
+def _target_info(
+    target: str | Path, config: MSDDraftConfig, draft_folder: Path, movable: bool
+) -> TargetInfo:
     """What to record about the target; a local one is checked."""
     folder = Path(target).expanduser()
     if not folder.is_dir():
@@ -237,11 +247,11 @@ def _target_info(target: str | Path, config: MSDDraftConfig, draft_folder: Path)
             "target."
         ) from error
     check_draft_fits_target(config, hf_config)
-    return target_info(target, hf_config, draft_folder)
+    return target_info(target, hf_config, draft_folder, movable)
 
 
 def target_info(
-    target: str | Path, hf_config: "PreTrainedConfig", draft_folder: Path
+    target: str | Path, hf_config: "PreTrainedConfig", draft_folder: Path, movable: bool = True
 ) -> TargetInfo:
     """What a draft in ``draft_folder`` records about its target, a folder or hub name."""
     name, draft_folder = Path(target).expanduser(), draft_folder.resolve()
@@ -249,7 +259,7 @@ def target_info(
     if name.is_dir():
         name = name.resolve()
         # A pair that lies together stays a pair when it is moved.
-        is_near = draft_folder.parent in (name, name.parent)
+        is_near = movable and draft_folder.parent in (name, name.parent)
         recorded = os.path.relpath(name, draft_folder) if is_near else str(name)
     text = text_config(hf_config)
     architecture = hf_config.architectures[0] if hf_config.architectures else None

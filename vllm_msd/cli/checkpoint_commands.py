@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_msd.errors import CheckpointError
+
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Add both commands."""
@@ -23,7 +25,8 @@ def _add_convert(subparsers: argparse._SubParsersAction) -> None:
         epilog="examples:\n"
         "  vllm-msd convert lucylyn/MSD-LLaVA1.5-7B drafts/llava-7b\n"
         "  vllm-msd convert downloads/draft drafts/qwen --target Qwen/Qwen2-VL-7B-Instruct\n"
-        "  vllm-msd convert downloads/draft models/llava/msd --target models/llava",
+        "  vllm-msd convert downloads/draft models/llava/msd --target models/llava\n"
+        "  vllm-msd convert lucylyn/MSD-LLaVA1.5-7B drafts/llava-7b --format speculators",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("src", metavar="SRC", help="folder or hub name of the draft")
@@ -35,6 +38,13 @@ def _add_convert(subparsers: argparse._SubParsersAction) -> None:
         "fit (default: the one known for a published draft)",
     )
     parser.add_argument(
+        "--format",
+        choices=("msd", "speculators"),
+        default="msd",
+        help="speculators insists on what `vllm serve DRAFT` needs: the target's hub name or full "
+        "path (default: msd, in which a pair of folders side by side can be moved)",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="write into a folder that is not empty"
     )
     parser.set_defaults(func=_convert)
@@ -44,15 +54,47 @@ def _convert(args: argparse.Namespace) -> int:
     from vllm_msd.checkpoint import convert_draft
 
     target = args.target or known_target(args.src)
-    config = convert_draft(args.src, args.dst, target, args.force, _report)
+    is_movable = args.format == "msd"
+    if not is_movable and target is None:
+        target = recorded_target(args.src)
+        if target is None:
+            raise CheckpointError(
+                f"{args.src}: it does not say which target it is for, which --format speculators "
+                "needs. Give --target."
+            )
+    config = convert_draft(args.src, args.dst, target, args.force, _report, is_movable)
     print(f"wrote {args.dst}: {config.layer_type} draft, hidden size {config.hidden_size}")
+    if args.format == "speculators":
+        print(_how_to_serve(args.dst, str(config.target.name_or_path)))
     if config.target.name_or_path is None:
         print("The target is not recorded; give --target to record it.", file=sys.stderr)
     return 0
 
 
+def _how_to_serve(draft: str, target: str) -> str:
+    from vllm_msd.checkpoint.files import locate, target_place
+
+    place = target_place(locate(draft), target)
+    if not Path(place).is_dir():
+        return f"serve it: vllm serve {draft}"
+    return (
+        f"serve it: vllm serve {draft}\nThis works under vLLM 0.32. vLLM 0.33 takes targets by "
+        f"their hub names alone; there: vllm serve {place} --speculative-model {draft}"
+    )
+
+
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def recorded_target(draft: str) -> str | None:
+    """Folder or hub name of the target that a draft names, or that a published one is known for."""
+    from vllm_msd.checkpoint import load_draft_config
+    from vllm_msd.checkpoint.files import locate, target_place
+
+    folder = locate(draft)
+    name = load_draft_config(folder).target.name_or_path
+    return known_target(draft) if name is None else target_place(folder, name)
 
 
 def known_target(src: str) -> str | None:

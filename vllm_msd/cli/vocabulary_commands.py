@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from vllm_msd.cli.arguments import positive
-from vllm_msd.cli.checkpoint_commands import known_target
+from vllm_msd.cli.checkpoint_commands import recorded_target
 from vllm_msd.errors import CheckpointError
 
 _EXAMPLES = """examples:
@@ -62,33 +62,18 @@ def _share(text: str) -> float:
 def _trim(args: argparse.Namespace) -> int:
     from vllm_msd.training.trim import trim
 
-    figures = trim(
-        args.draft, args.data, args.output, args.target or recorded_target(args.draft), args.size,
-        args.coverage, args.force,
-    )  # fmt: skip
+    target = args.target or recorded_target(args.draft)
+    if target is None:
+        raise CheckpointError(
+            f"{args.draft}: it does not say which target it is for. Give --target."
+        )
+    figures = trim(args.draft, args.data, args.output, target, args.size, args.coverage, args.force)
     if figures["skipped"]:
         print(f"{len(figures['skipped'])} records left out:", file=sys.stderr)
         print("\n".join(f"  {reason}" for reason in figures["skipped"][:5]), file=sys.stderr)
     print(_table(figures))
     print(f"wrote {args.output}")
     return 0
-
-
-def recorded_target(draft: str) -> str:
-    """The target that a draft names, or that a published draft is known for.
-
-    Raises:
-        CheckpointError: none is known.
-    """
-    from vllm_msd.checkpoint import load_draft_config
-    from vllm_msd.checkpoint.files import locate, target_place
-
-    folder = locate(draft)
-    name = load_draft_config(folder).target.name_or_path
-    found = known_target(draft) if name is None else target_place(folder, name)
-    if found is None:
-        raise CheckpointError(f"{draft}: it does not say which target it is for. Give --target.")
-    return found
 
 
 def _table(figures: dict[str, Any]) -> str:

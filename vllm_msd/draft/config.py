@@ -156,7 +156,7 @@ class MSDDraftConfig:
         """Read a ``config.json``, published or our own; a `ConfigError` says what is wrong."""
         if not isinstance(d, Mapping):
             raise ConfigError(f"config: got {type(d).__name__}, expected a table (JSON object).")
-        model_type = d.get("model_type")
+        model_type = layout_of(d)
         if model_type == "msd":
             return cls._from_own(d)
         if isinstance(model_type, str) and model_type in PUBLISHED_LAYOUTS:
@@ -268,6 +268,11 @@ class MSDDraftConfig:
     def embedding_shape(self) -> tuple[int, int]:
         """Shape of ``embed_tokens.weight``, where a checkpoint holds it."""
         return self.vocab_size, self.hidden_size
+
+
+def layout_of(d: Mapping[str, Any]) -> Any:
+    """Which layout a ``config.json`` has; the speculators library's tools may drop our key."""
+    return d.get("model_type", d.get("speculators_model_type"))
 
 
 def _positive_int(name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -51,6 +52,7 @@ def compare(
     on_start: Callable[[], None] = lambda: None,
     on_answer: Callable[[Comparison], None] = lambda comparison: None,
     share_weights: bool = False,
+    drafts: Mapping[str, Path] | None = None,
     **engine_options: Any,
 ) -> list[Comparison]:
     """Answer every sample without a draft and with each drafting, one request at a time.
@@ -58,12 +60,17 @@ def compare(
     Who goes first rotates from request to request and from round to round, so a machine that slows
     down or speeds up in between favours none. ``on_start`` is called when all engines are up and
     warm, ``on_answer`` after each comparison, in every round. With ``share_weights`` (on a CPU) the
-    engines hold the target once.
+    engines hold the target once. ``drafts`` names other drafts than the pair's, by drafting.
     """
+    drafts = drafts or {}
     engines = {PLAIN: Engine(pair.target, dtype=dtype, **engine_options)}
     for name, drafting in draftings.items():
         engines[name] = Engine(
-            pair.target, draft=pair.draft, drafting=drafting, dtype=dtype, **engine_options
+            pair.target,
+            draft=drafts.get(name, pair.draft),
+            drafting=drafting,
+            dtype=dtype,
+            **engine_options,
         )
         if share_weights:
             engines[name].share_target(engines[PLAIN])

@@ -28,6 +28,9 @@ def own_head(target_head: Any, token_ids: Tensor) -> ParallelLMHead:
         CheckpointError: the target's head has no plain rows to copy.
         ConfigError: a token id that the target does not have.
     """
+    target_head = getattr(
+        target_head, "base_layer", target_head
+    )  # the target's adapters are its own
     check_token_ids(token_ids, target_head.org_vocab_size, "the target's vocabulary")
     method = target_head.quant_method
     if not isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):

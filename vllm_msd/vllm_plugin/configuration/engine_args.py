@@ -65,6 +65,8 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
         value = getattr(engine_args, attribute)
         if value is None:
             continue
+        if key == "num_speculative_tokens" and _is_served_by_its_name(merged):
+            del merged[key]  # the draft's own, which vLLM has put there
         if merged.get(key, value) != value:
             clashes.append(
                 f"{flag} {value} contradicts speculative_config[{key!r}]={merged[key]!r}"
@@ -87,6 +89,13 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
     if clashes:
         raise ConfigError(f"{'; '.join(clashes)}. Give each setting once.")
     return merged
+
+
+def _is_served_by_its_name(config: dict[str, Any]) -> bool:
+    """Whether vLLM has made this config of the draft (`vllm serve DRAFT`), its size unchanged."""
+    tokens, model = config.get("num_speculative_tokens"), config.get("model")
+    is_ours = config.get("method") == METHOD and isinstance(model, str)
+    return is_ours and tokens is not None and tokens == resolve.tokens_of_draft(str(model))
 
 
 def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,7 +160,8 @@ def wrap_hf_config_override(original: Callable[..., Any]) -> Callable[..., Any]:
         draft = _building.get()
         if draft is not None:
             return draft
-        if hf_config.model_type == MSDCheckpointConfig.model_type:
+        names = (hf_config.model_type, getattr(hf_config, "speculators_model_type", None))
+        if MSDCheckpointConfig.model_type in names:
             raise ConfigError(
                 "this draft is an MSD checkpoint, but another speculative method was requested. "
                 "Set the method to 'msd'."

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_msd.draft.config import layout_of
 from vllm_msd.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,16 @@ def is_msd_draft(model: str) -> bool:
     or a folder in our own format."""
     if model == AUTO or model in PUBLISHED_DRAFTS.values():
         return True
-    return bool(model) and _read_json(Path(model) / "config.json").get("model_type") == "msd"
+    return bool(model) and layout_of(_read_json(Path(model) / "config.json")) == "msd"
+
+
+def tokens_of_draft(model: str) -> int | None:
+    """The number of tokens that vLLM reads from a draft served by its own name; None otherwise."""
+    config = _read_json(Path(model) / "config.json")
+    try:
+        return config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def find_draft(target: str, model: str | None) -> str:
