@@ -111,7 +111,7 @@ def faults(name: str, result: dict[str, Any]) -> str:
         outcome = ", ".join(
             figure
             for what, found in report.items()
-            if what != "provenance"
+            if what not in ("provenance", "memory_mib")
             for figure in _figures(what.replace("_", " "), found)
         )
         tried = part.replace("-", " ")

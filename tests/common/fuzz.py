@@ -25,6 +25,7 @@ from vllm_msd.training.data.batches import collate
 from vllm_msd.training.data.index import RecordFile
 from vllm_msd.training.data.records import BadRecordError, parse_record
 from vllm_msd.training.data.render import Renderer
+from vllm_msd.training.data.replies import parse_questions, with_replies
 from vllm_msd.training.targets import Target
 
 KINDS = ("llava", "qwen2_vl", "llava_onevision")
@@ -160,6 +161,39 @@ def records(folder: Path, examples: int, number: int) -> dict[str, int]:
         features = target.features(collate([whole], target.pad_id))
         assert features.hidden.isfinite().all()
         found["with images" if record.images else "text"] += 1
+
+    _run(check, examples, number)
+    return dict(found)
+
+
+def replies(examples: int, number: int) -> dict[str, int]:
+    """Outcomes of exchanging the replies of random records, all of them or the first ones only.
+
+    Questions, system text and images are the record's own, and the replies those given.
+    """
+    found: Counter[str] = Counter()
+
+    @given(raw=raw_records(), share=st.floats(0, 1))
+    def check(raw: Any, share: float) -> None:
+        try:
+            asked = parse_questions(raw)
+        except BadRecordError:
+            found["left out"] += 1
+            return
+        count = sum(m["role"] == "assistant" for m in asked.messages)
+        kept = max(1, round(share * count))
+        new = with_replies(json.loads(json.dumps(raw)), [f"reply {i}" for i in range(kept)])
+        record = parse_record(new)
+        said = [m["content"][0]["text"] for m in record.messages if m["role"] == "assistant"]
+        assert said == [f"reply {i}" for i in range(kept)]
+        wanted = [m for m in asked.messages if m["role"] != "assistant"]
+        questions = [m for m in record.messages if m["role"] != "assistant"]
+        assert questions == wanted[: len(questions)]
+        assert record.images == asked.images[: len(record.images)]
+        assert record.kind == asked.kind
+        spoken = ("conversations", "messages", "image", "images")
+        assert all(new[key] == raw[key] or key in spoken for key in raw)
+        found["all" if kept == count else "shortened"] += 1
 
     _run(check, examples, number)
     return dict(found)

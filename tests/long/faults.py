@@ -28,6 +28,7 @@ def main() -> int:
         folder = Path(name)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "fuzz-records": lambda: fuzz.records(folder, args.examples, args.seed),
+            "fuzz-replies": lambda: fuzz.replies(args.examples, args.seed),
             "fuzz-data-files": lambda: fuzz.files(folder, args.examples, args.seed),
             "fuzz-pictures": lambda: fuzz.damaged_pictures(args.examples, args.seed),
             "fuzz-drafts": lambda: fuzz.drafts(args.examples, args.seed),

@@ -1,4 +1,4 @@
-"""Serving's long forms: odd configs, odd requests, and thousands of requests with a restart.
+"""Serving's long forms: odd configs, odd requests, and a thousand requests twice.
 
     MSD_LONG=1 python -m pytest tests/long/test_serving.py
 

@@ -15,6 +15,11 @@ def test_records_are_trained_on_or_left_out(folder):
     assert len(found) == 4, found  # every outcome was met
 
 
+def test_replies_are_exchanged_and_nothing_else():
+    found = fuzz.replies(300, 0)
+    assert len(found) == 3, found
+
+
 def test_data_files_are_read_or_refused(folder):
     found = fuzz.files(folder, 100, 0)
     assert len(found) == 2, found

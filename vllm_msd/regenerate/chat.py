@@ -44,6 +44,7 @@ class ChatAPI:
         settings: the same ones for every request: ``max_tokens``, ``temperature``, ``top_p``.
         retries: further attempts after one that failed.
         wait: seconds that the server may be away.
+        mend: what the user can do when it has gone.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class ChatAPI:
         settings: dict[str, Any],
         retries: int,
         wait: float,
+        mend: str,
     ) -> None:
         self.client, self.settings, self.retries, self.wait = client, settings, retries, wait
-        self._model = model
+        self._model, self._mend = model, mend
         self._door = asyncio.Lock()
 
     @property
@@ -149,8 +151,8 @@ class ChatAPI:
                     reason = str(error) or type(error).__name__
                 if clock() >= end:
                     raise ServerGoneError(
-                        f"{self.client.base_url} does not answer ({reason}), for {self.wait:.0f} s "
-                        "now. Start it, then the same command again: it goes on where it was."
+                        f"{self.client.base_url} does not answer ({reason}). {self._mend} the same "
+                        "command again: it goes on where it was."
                     )
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 5.0)

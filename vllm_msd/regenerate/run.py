@@ -142,10 +142,11 @@ class _Run:
         }
         sampling = {name: about[name] for name in ("temperature", "top_p", "max_tokens")}
         async with _client(settings) as client:
-            wait = 0.0 if settings.target else settings.wait
+            # An engine of this process does not come back.
+            wait, mend = (0.0, "Start") if settings.target else (settings.wait, "Start it, then")
             # The engine of this process has one model, whatever it is called.
             name = settings.target or settings.model
-            api = ChatAPI(client, name, sampling, settings.retries, wait)
+            api = ChatAPI(client, name, sampling, settings.retries, wait, mend)
             about["model"] = await api.find_model()
             with Journal(self.output, about, settings.force) as journal:
                 self.counts.kept = journal.resumed

@@ -2,8 +2,8 @@
 
 Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
 simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
-gets our speculators, and a mend for LoRA (see `gpu.lora`). Engines in the same process that
-speculate otherwise are not touched.
+gets our speculators. Both get mends for LoRA (see `gpu.lora` and `cpu.lora`). Engines in the same
+process that speculate otherwise are not touched.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
-from vllm_msd.vllm_plugin.patches.patching import PatchError
+from vllm_msd.vllm_plugin.patches.patching import PatchError, minor_version, vllm_version
 
 
 def is_msd(vllm_config: Any) -> bool:
@@ -43,8 +43,19 @@ def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:
         else:
             original(self)
             _set_drafter(self.worker.model_runner, self.vllm_config)
+        if is_msd(self.vllm_config) and self.vllm_config.lora_config is not None:
+            _mend_lora(self.worker.model_runner)
 
     return init_device
+
+
+def _mend_lora(runner: Any) -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and minor_version(vllm_version()) == "0.32":
+        from vllm_msd.vllm_plugin.cpu.lora import mask_rows_without_adapter
+
+        mask_rows_without_adapter(runner)
 
 
 def _require_our_speculator(runner: Any) -> None:

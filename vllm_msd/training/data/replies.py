@@ -41,26 +41,33 @@ def with_replies(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, An
     """
     record = _replaced(raw, replies)
     name = filled_name(raw, "image", "images")
-    if name is None or not raw[name]:
-        parse_record(record)
-        return record
-    images = raw[name] if isinstance(raw[name], list) else [raw[name]]
-    # Without a place for any of them, all belong to the first question.
-    all_first = _can_be_read(_replaced(raw, [_ANY] * len(_turns(raw) or [])) | {name: []})
-    for count in (*([len(images)] if all_first else []), *range(len(images) + 1)):
-        kept = raw[name] if count == len(images) else images[:count]
-        if _can_be_read(record | {name: kept}):
-            return record | {name: kept}
-    parse_record(record)  # says what is wrong
-    raise BadRecordError("its images fit no part of the conversation")
+    whole = _replaced(raw, [_ANY] * len(_turns(raw) or []))
+    if name and raw[name] and _num_turns(record) < _num_turns(whole):
+        bare = _read(_without_images(whole))
+        # Without places for them, all images are the first question's.
+        if bare is None or bare.images:
+            images = raw[name] if isinstance(raw[name], list) else [raw[name]]
+            for count in range(len(images)):
+                shorter = _without_images(record) | ({name: images[:count]} if count else {})
+                if _read(shorter) is not None:
+                    return shorter
+    parse_record(record)
+    return record
 
 
-def _can_be_read(record: Mapping[str, Any]) -> bool:
+def _num_turns(record: Mapping[str, Any]) -> int:
+    return len(_turns(record) or [])
+
+
+def _without_images(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("image", "images")}
+
+
+def _read(record: Mapping[str, Any]) -> Record | None:
     try:
-        parse_record(record)
+        return parse_record(record)
     except BadRecordError:
-        return False
-    return True
+        return None
 
 
 def _turns(raw: Any) -> list[Any] | None:

@@ -72,11 +72,12 @@ PATCHES: tuple[Patch, ...] = (
         make="vllm_msd.vllm_plugin.runners:wrap_init_device",
         what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built; "
         "for draft trees, puts our subclass in the place of the CPU's runner. With LoRA, tells "
-        "Model Runner V2 how many rows of logits each request has.",
+        "Model Runner V2 how many rows of logits each request has; on the CPU under 0.32, keeps "
+        "adapters off the rows of requests without one.",
         why="The EAGLE drafter of V1 feeds the draft a wrong row at the end of a prompt chunk, "
         "M-RoPE positions and the target's adapters, and stops drafting for all when one request "
         "nears max_model_len. vLLM verifies chains only. V2 knows the adapter of one row a "
-        "request.",
+        "request. The CPU's LoRA of 0.32 gives rows without an adapter the one in the last place.",
         remove_when="Model Runner V1 is gone from every supported version.",
         used_as=(
             (
