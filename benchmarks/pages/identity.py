@@ -45,7 +45,7 @@ def soak(name: str, result: dict[str, Any]) -> str:
     """The long runs with draft trees: identity, distribution, soak."""
     workloads, chi_square = [], {}
     for part, report in result.items():
-        runner = report["runner"].upper()
+        runner = report["runner"].upper() + ", as on a GPU" * ("-gpu" in part)
         for trial in report.get("trials", []):
             draws, smallest = chi_square.get(key := _trial_key(runner, trial), (0, 1.0))
             smallest = min([smallest, *(position["p"] for position in trial["positions"])])
@@ -54,6 +54,7 @@ def soak(name: str, result: dict[str, Any]) -> str:
             notes = [_SOAK_KINDS[report["kind"]]]
             notes += ["async scheduling"] * (report.get("scheduler") == "AsyncScheduler")
             notes += ["all sampled with seeds"] * part.startswith("seeded")
+            notes += ["CUDA graphs emulated"] * part.endswith("-graphs")
             notes += ["16 at a time, two engines"] * (part == "soak")
             requests, wrong = report["requests"], len(report["mismatches"])
             counts = ("aborted", "preemptions", "accepted", "rejected", "other_children")
@@ -93,7 +94,11 @@ def soak(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, source_of_parts(name, result)])
 
 
-_SOAK_KINDS = {"llava": "LLaVA", "qwen2_vl": "Qwen2-VL (M-RoPE)"}
+_SOAK_KINDS = {
+    "llava": "LLaVA",
+    "qwen2_vl": "Qwen2-VL (M-RoPE)",
+    "qwen3_vl": "Qwen3-VL (M-RoPE)",
+}
 
 
 def _trial_key(runner: str, trial: dict[str, Any]) -> tuple[str, str, str]:

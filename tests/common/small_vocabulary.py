@@ -7,14 +7,17 @@ ones are plain text.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.common import tiny
+from tests.common import tiny, tiny_targets
 from tests.common.distribution import SequenceLaw, warp
 
 LETTERS = "abcdefghijklmnopqrst"
@@ -46,9 +49,13 @@ def prompts() -> list[Prompt]:
     ]
 
 
-def build(root: Path, seed: int = 0) -> tuple[str, str]:
-    """Write the pair below ``root``; returns the folders of target and draft."""
-    pair = tiny.build_pair(root, "llava", seed)
+def build(root: Path, seed: int = 0, wide_heads: bool = False) -> tuple[str, str]:
+    """Write the pair below ``root``; returns the folders of target and draft.
+
+    ``wide_heads``: fewer heads, of 64, the smallest that the tree kernel takes.
+    """
+    with _wide_heads() if wide_heads else nullcontext():
+        pair = tiny.build_pair(root, "llava", seed)
     target, draft = Path(pair.target), Path(pair.draft)
     _write_tokenizer(target)
 
@@ -97,6 +104,18 @@ def _write_tokenizer(target: Path) -> None:
     processor.tokenizer = tokenizer
     processor.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _wide_heads() -> Iterator[None]:
+    heads = {"HEADS": tiny.HIDDEN // 64, "KV_HEADS": 1}
+    llava = replace(tiny_targets.FAMILIES["llava"], head_dim=64)
+    with (
+        mock.patch.multiple(tiny, **heads),
+        mock.patch.multiple(tiny_targets, **heads),
+        mock.patch.dict(tiny_targets.FAMILIES, {"llava": llava}),
+    ):
+        yield
 
 
 class ExactTarget:

@@ -8,7 +8,15 @@ from tests.common import small_vocabulary
 from tests.common.worker import run_worker
 
 
-def draws(runner: str, *, count: int, control: int, timeout: float, **more: Any) -> dict[str, Any]:
+def draws(
+    runner: str,
+    *,
+    count: int,
+    control: int,
+    timeout: float,
+    wide_heads: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
     """`tests.common.sampling.sampled_distribution` in a process of its own.
 
     Args:
@@ -16,10 +24,11 @@ def draws(runner: str, *, count: int, control: int, timeout: float, **more: Any)
         count: sequences drawn for each setting.
         control: for each setting of a wrong acceptance rule.
         timeout: seconds.
-        more: further arguments of `sampled_distribution`.
+        wide_heads: the pair has heads of 64, which the tree kernel takes.
+        more: further arguments of `sampled_distribution`, and of `run_worker`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        target, draft = small_vocabulary.build(Path(folder))
+        target, draft = small_vocabulary.build(Path(folder), wide_heads=wide_heads)
         return run_worker(
             "sampling",
             runner,

@@ -109,6 +109,45 @@ def test_refused_before_the_engine_starts(drafts, tmp_path, offsets, settings, m
         arguments.create_engine_config()
 
 
+@pytest.fixture
+def model():
+    """A draft's logits and nothing else of it: 4 of 9 tokens, hidden states are columns."""
+    from vllm_msd.vllm_plugin.draft_model import EagleMsdForCausalLM
+
+    model = EagleMsdForCausalLM.__new__(EagleMsdForCausalLM)
+    torch.nn.Module.__init__(model)
+    model.vocab_size, model.num_columns = 9, 4
+    model.register_buffer("token_ids", torch.tensor([1, 4, 5, 8]))
+    model.lm_head = None
+    model.logits_processor = lambda head, hidden, **_: hidden
+    model.logits_processor.get_top_tokens = lambda head, hidden: hidden.argmax(-1)
+    return model
+
+
+def test_logits_outside_the_vocabulary_are_no_probability(model):
+    columns = torch.tensor([[0.5, 3.0, -2.0, 1.0], [9.0, 0.0, 0.0, 8.0]])
+    probs = model.compute_logits(columns).softmax(-1)
+    assert torch.equal(probs[:, [1, 4, 5, 8]], columns.softmax(-1))
+    assert not probs[:, [0, 2, 3, 6, 7]].any()
+    assert model.get_top_tokens(columns).tolist() == [4, 1]
+
+
+def test_chains_of_model_runner_v2_map_what_is_best(model, monkeypatch):
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+    from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
+
+    monkeypatch.setattr(EagleSpeculator, "sample_draft", lambda *_, **__: "vLLM's own")
+    columns = torch.tensor([[0.5, 3.0, -2.0, 1.0], [9.0, 0.0, 0.0, 8.0]])
+    drafter = ChainSpeculator.__new__(ChainSpeculator)
+    drafter.model, drafter.acceptance_estimator = model, None
+    assert drafter.sample_draft(columns, *[None] * 6).tolist() == [4, 1]
+    # Drawn drafts, and those whose probability is to be known, need logits of all tokens.
+    assert drafter.sample_draft(columns, *[None] * 5, torch.zeros(1)) == "vLLM's own"
+    drafter.acceptance_estimator = object()
+    assert drafter.sample_draft(columns, *[None] * 6) == "vLLM's own"
+
+
 def test_a_head_without_plain_rows_is_refused():
     from vllm_msd.vllm_plugin.own_head import own_head
 
