@@ -31,6 +31,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "vllm_msd/demo/pair/evaluation.json": decoding.evaluation,  # written with the pair
         "benchmarks/results/lossless.json": identity.lossless,
         "benchmarks/results/soak.json": identity.soak,
+        "benchmarks/results/gpu_wiring.json": identity.gpu_wiring,
         "benchmarks/results/faults.json": identity.faults,
     },
     "docs/training.md": {
