@@ -4,12 +4,13 @@
     python -m benchmarks.tree_growth --models llava-1.5-7b --batch 1
     python -m benchmarks.tree_growth --tiny --out tiny.json           # a rehearsal, no GPU
 
-PyTorch and Triton are all it needs, from a clone that need not be installed. Three things are
+PyTorch and Triton are all it needs, from a clone that need not be installed. Four things are
 timed: the best tokens of one level's rows, a whole growth without its draft (the logits are the
-same at every level), and laying the trees over the rows of the target's step. Each result is
-compared with the definition's before it is timed. Times are medians of CUDA graph replays, for both
-sides, so the launches that PyTorch's operations cost without a graph come on top of theirs; the
-logits go round as many buffers as it takes to keep the L2 cache cold. Writes JSON.
+same at every level), laying the trees over the rows of the target's step, and laying out the
+draft's rows along accepted paths. Each result is compared with the definition's before it is
+timed. Times are medians of CUDA graph replays, for both sides, so the launches that PyTorch's
+operations cost without a graph come on top of theirs; the logits go round as many buffers as it
+takes to keep the L2 cache cold. Writes JSON.
 
 --tiny goes the same way with small shapes on a CPU, the kernels in Triton's interpreter.
 """
@@ -20,13 +21,31 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.tree_attention.__main__ import copy_bandwidth, seconds_per_call, versions
-from vllm_msd.kernels import DraftPlace, LevelInputs, TopK, allocate_parts, place_trees, top_k
-from vllm_msd.tree import DraftTree, GrowthBuffers, TreeShape, grow_tree, grow_tree_fused
+from vllm_msd.kernels import (
+    DraftPlace,
+    LevelInputs,
+    PrefillRows,
+    TopK,
+    Verified,
+    allocate_parts,
+    draft_prefill,
+    place_trees,
+    top_k,
+)
+from vllm_msd.tree import (
+    DraftTree,
+    GrowthBuffers,
+    TreeShape,
+    grow_tree,
+    grow_tree_fused,
+    path_index,
+)
 
 COLD_BYTES = 256 * 2**20
 # Columns of the head and width of a hidden row.
@@ -167,6 +186,52 @@ def measure_placing(nodes: int, batch: int, device: str) -> dict:
     )
 
 
+def measure_prefill(width: int, nodes: int, batch: int, hidden_size: int, device: str) -> dict:
+    """Rows along accepted paths, against PyTorch's gathers over all rows of the step."""
+    path = torch.arange(width - 1, device=device) * (nodes // width)
+    accepted = torch.full((batch, nodes), -1, device=device)
+    accepted[:, : width - 1] = path
+    roots = torch.arange(batch, device=device) * nodes
+    rows = batch * nodes
+    hidden = torch.randn(rows, hidden_size, device=device).bfloat16()
+    tokens = torch.arange(rows, dtype=torch.int32, device=device)
+    step = Verified(
+        accepted, roots, torch.full((batch,), 64, dtype=torch.int32, device=device),
+        torch.arange(batch, device=device), tokens, hidden,
+        torch.zeros(batch, 1, dtype=torch.int64, device=device),
+    )  # fmt: skip
+    table = torch.arange(batch * 16, dtype=torch.int32, device=device).view(batch, 16)
+    zeros = partial(torch.zeros, device=device)
+    inputs = LevelInputs(
+        zeros(rows, dtype=torch.int32), zeros(rows, dtype=torch.int64),
+        zeros(rows, dtype=torch.int64), zeros(batch, dtype=torch.int32),
+        torch.zeros_like(hidden),
+    )  # fmt: skip
+    places = PrefillRows(
+        zeros(batch + 1, dtype=torch.int32), zeros(batch, dtype=torch.int64),
+        zeros(batch, dtype=torch.int64),
+    )  # fmt: skip
+    twin, twin_ids = torch.zeros_like(hidden), torch.zeros_like(tokens)
+
+    def operations() -> None:
+        index = path_index(roots, accepted, rows)
+        twin_ids.copy_(tokens[index])
+        twin.copy_(hidden[index])
+
+    def same(*_: object) -> bool:
+        mine = inputs.hidden[: batch * width].view(batch, width, -1)[:, : width - 1]
+        theirs = twin.view(batch, nodes, -1)[:, : width - 1]
+        return torch.equal(mine, theirs)
+
+    return compare(
+        "draft prefill",
+        [lambda: draft_prefill(step, table, 16, width, inputs, places)] * 20,
+        [operations] * 20,
+        same,
+        device,
+    )
+
+
 def run(args: argparse.Namespace) -> dict:
     device = "cpu" if args.tiny else "cuda"
     bandwidth = copy_bandwidth(device)
@@ -189,6 +254,7 @@ def run(args: argparse.Namespace) -> dict:
                     measure_top_k(rows, columns, shape.top_k, bandwidth, device),
                     measure_growth(shape, batch, columns, hidden, device),
                     measure_placing(shape.total_tokens, batch, device),
+                    measure_prefill(shape.depth + 2, shape.total_tokens, batch, hidden, device),
                 ):
                     record["rows"].append(case | row)
                     print(" ".join(f"{k}={v}" for k, v in record["rows"][-1].items()), flush=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import chart, decoding, identity, training
+from . import chart, decoding, identity, speed, training
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -31,7 +31,12 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "vllm_msd/demo/pair/evaluation.json": decoding.evaluation,  # written with the pair
         "benchmarks/results/lossless.json": identity.lossless,
         "benchmarks/results/soak.json": identity.soak,
+        "benchmarks/results/gpu_wiring.json": identity.gpu_wiring,
         "benchmarks/results/faults.json": identity.faults,
+    },
+    "docs/kernels.md": {
+        "benchmarks/results/launches.json": speed.launches,
+        "benchmarks/results/roofline.json": speed.roofline,
     },
     "docs/training.md": {
         "benchmarks/results/training.json": training.training,

@@ -41,11 +41,16 @@ def lossless(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, source_of_parts(name, result)])
 
 
-def soak(name: str, result: dict[str, Any]) -> str:
+def gpu_wiring(name: str, result: dict[str, Any]) -> str:
+    """The long runs on the wiring of a GPU."""
+    return soak(name, result, "## Draft trees on the wiring of a GPU, long runs")
+
+
+def soak(name: str, result: dict[str, Any], heading: str = "## Draft trees, long runs") -> str:
     """The long runs with draft trees: identity, distribution, soak."""
     workloads, chi_square = [], {}
     for part, report in result.items():
-        runner = report["runner"].upper() + ", as on a GPU" * ("-gpu" in part)
+        runner = report["runner"].upper()
         for trial in report.get("trials", []):
             draws, smallest = chi_square.get(key := _trial_key(runner, trial), (0, 1.0))
             smallest = min([smallest, *(position["p"] for position in trial["positions"])])
@@ -66,7 +71,7 @@ def soak(name: str, result: dict[str, Any]) -> str:
                     *(int(report[count]) for count in counts),
                 )
             )
-    parts = ["## Draft trees, long runs"]
+    parts = [heading]
     if workloads:
         head = ["model runner", "requests", "same token ids", "aborted", "preemptions"]
         head += ["nodes accepted", "rejected", "accepted off the first child"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.common.growth import GrowthBatch, ToyDraft, random_step
-from vllm_msd.kernels import beam_step, top_k
+from tests.common.prefill_step import BLOCK_SIZE, make_step
+from vllm_msd.kernels import beam_step, draft_prefill, top_k
 from vllm_msd.kernels.beam_step.eager import beam_step_eager
 from vllm_msd.kernels.top_k.eager import top_k_eager
 from vllm_msd.tree import TreeShape
@@ -46,6 +47,21 @@ def test_beam_step(k, depth):
         for name in ("candidates", "beams", "inputs"):
             for ours, expected in zip(step[name], twin[name], strict=True):
                 assert torch.equal(ours.cpu(), expected), (level, name)
+
+
+@pytest.mark.parametrize("width", [4, 6, 12])
+@pytest.mark.parametrize("hidden_size", [40, 4096])
+def test_draft_prefill(width, hidden_size):
+    _, step, table, inputs, rows = make_step(width, hidden_size, torch.bfloat16, seed=width)
+    ours = [on_device(x) for x in (step, table, inputs, rows)]
+    draft_prefill(ours[0], ours[1], BLOCK_SIZE, width, *ours[2:])
+    draft_prefill(step, table, BLOCK_SIZE, width, inputs, rows)
+    used = len(step.nodes) * width
+    for name, mine, expected in zip(inputs._fields, ours[2], inputs, strict=True):
+        written = used if name in ("input_ids", "positions", "hidden") else len(expected)
+        assert torch.equal(mine[:written].cpu(), expected[:written]), name
+    for mine, expected in zip(ours[3], rows, strict=True):
+        assert torch.equal(mine.cpu(), expected)
 
 
 @pytest.mark.parametrize("ties", [False, True])

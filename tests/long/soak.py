@@ -86,11 +86,6 @@ def sampled(
     )
 
 
-# Model Runner V2 on the wiring of a GPU: Triton's attention around the tree kernel, settling by its
-# kernel, each with a stand-in where the interpreter takes seconds. Heads of 64, for the kernel.
-WIRED: dict[str, Any] = {"requests": 300, "longest": 24, "cache_blocks": 15, "kind": "qwen3_vl"}
-
-
 PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {
     "identity-v1": partial(workloads, "v1", requests=500, longest=120),
     "identity-v2": partial(workloads, "v2", requests=500, longest=24, cache_blocks=15),
@@ -107,17 +102,6 @@ PARTS: dict[str, Callable[[int, bool], dict[str, Any]]] = {
     "draws-v1": partial(sampled, "v1", count=100_000, control=4_800),
     # An interpreter: fewer draws, though enough to catch the wrong rules.
     "draws-v2": partial(sampled, "v2", count=2_048, control=4_096),
-    "identity-gpu": partial(workloads, "v2", wiring={"graphs": None}, **WIRED),
-    "identity-gpu-graphs": partial(workloads, "v2", wiring={"graphs": "FULL_DECODE_ONLY"}, **WIRED),
-    "draws-gpu": partial(
-        sampled,
-        "v2",
-        count=2_048,
-        control=4_096,
-        settings=(SETTINGS[0], *SETTINGS[2:4]),
-        wiring={"graphs": None},
-        wide_heads=True,
-    ),
     "soak": partial(workloads, "v1", requests=5_000, longest=40, job="soak"),
 }
 

@@ -20,6 +20,6 @@ def test_rehearsal(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(out.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["top-k", "growth", "placing"] * 2
+    assert [row["name"] for row in rows] == ["top-k", "growth", "placing", "draft prefill"] * 2
     assert all("reason" not in row and row["microseconds"] > 0 for row in rows)
     assert {row["launches"] for row in rows if row["name"] == "growth"} == {10}

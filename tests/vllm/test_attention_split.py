@@ -116,6 +116,38 @@ def test_what_is_prepared_on_the_device_is_that_of_the_rest(configs, batch, monk
     assert prepared == [2, 4]
 
 
+def test_arguments_are_checked_once_a_pass(configs, batch, monkeypatch):
+    from vllm_msd.vllm_plugin.gpu import attention
+    from vllm_msd.vllm_plugin.gpu.triton_backend import TreeTritonAttentionBackend
+
+    checked = []
+    monkeypatch.setattr(
+        attention, "tree_attention", lambda *args, check, **more: checked.append(check)
+    )
+    layer = make_layer(configs["trees"])
+    metadata = make_builder(configs["trees"], TreeTritonAttentionBackend).build(
+        0, common_metadata(batch)
+    )
+    cache = torch.zeros(8, KV_HEADS, 16, 128)
+    for _ in range(2):
+        setattr(metadata, ATTRIBUTE, rows_of(batch))
+        for _ in range(3):
+            run(layer, batch, cache, metadata)
+    assert checked == [True, False, False] * 2
+
+
+def test_an_engines_layers_share_one_workspace(configs):
+    from vllm_msd.vllm_plugin.gpu.attention import provide_workspace
+
+    layers = [make_layer(configs["trees"]) for _ in range(2)]
+    other, chain = make_layer(configs["trees"]), make_layer(configs["chains"])
+    provide_workspace([*layers, chain, SimpleNamespace()], torch.device("cpu"))
+    provide_workspace([other], torch.device("cpu"))
+    first, second = (layer.impl.workspace for layer in layers)
+    assert first is second is not None
+    assert other.impl.workspace is not first and chain.impl.workspace is None
+
+
 def test_a_batch_is_parted_behind_its_drafts():
     from vllm_msd.vllm_plugin.gpu.split import DraftsFirst, Split
 

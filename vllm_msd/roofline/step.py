@@ -146,10 +146,10 @@ def verification(
     }
 
 
-def settling(shape: Shape, device: Device, requests: int, arm: Arm) -> float:
-    """Seconds to move what a tree accepted to the front: KV of all layers, all hidden rows."""
+def settling(shape: Shape, device: Device, requests: int, arm: Arm, hidden_rows: int) -> float:
+    """Seconds to move what a tree accepted: KV of all layers, ``hidden_rows`` hidden rows each."""
     moved = requests * (arm.tokens - 1) * shape.layers * shape.kv_bytes
-    hidden = requests * arm.rows * shape.hidden * shape.element_bytes
+    hidden = requests * hidden_rows * shape.hidden * shape.element_bytes
     return Work(2 * (moved + hidden)).seconds(device)
 
 
@@ -200,9 +200,9 @@ def predict(
 
     tree, is_tree = arm.drafting, not arm.drafting.is_chain
     counts = launches[f"tree {stage}" if is_tree else "chain"]
-    if is_tree:
-        parts["settling"] = settling(shape, device, batch, arm)
     rows = tree.depth + 1 if compact_prefill else arm.rows
+    if is_tree:
+        parts["settling"] = settling(shape, device, batch, arm, rows)
     levels = tree.depth - 1  # after the prefill, whose last row gives the first tokens
     beam = batch * tree.top_k
     logit_bytes = RANKED_LOGIT if is_tree and stage != "fused" else FUSED_LOGIT
