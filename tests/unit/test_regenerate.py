@@ -344,3 +344,5 @@ def test_cut_replies_are_counted(settings, server, capsys):
     said = capsys.readouterr()
     assert f"{2 * COUNT} replies were cut at --max-tokens (512)" in said.err
     assert "tokens/s" in said.err
+    turns = [turn for row in rows(settings) for turn in row["conversations"]]
+    assert all((turn["from"] == "gpt") == turn.get("cut", False) for turn in turns)
