@@ -261,7 +261,7 @@ class _Run:
                     if "ended" in done:
                         listed.append({**place, "reason": done["ended"]})
                     between = "" if is_lines else ",\n" if self.counts.conversations else "\n"
-                    file.write(between + json.dumps(row, ensure_ascii=False))
+                    file.write(between + _json(row))
                     file.write("\n" if is_lines else "")
                     self.counts.conversations += 1
                     self.counts.cut_replies += len(done["cut"])
@@ -276,6 +276,16 @@ class _Run:
             else:
                 with storage_errors(failures):
                     remove(failures)
+
+
+def _json(row: dict[str, Any]) -> str:
+    """A row to be read by people too; half of a character in some field of it stays escaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
 
 
 def failures_of(output: str | Path) -> Path:
