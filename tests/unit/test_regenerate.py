@@ -337,6 +337,26 @@ def test_an_output_that_is_there_is_kept(settings):
     assert len(rows(settings)) == COUNT
 
 
+def test_a_forced_run_goes_on_too(settings, server):
+    settings.output.write_text("older")
+    server.respond = lambda body: error(500, "") if "what is 9" in str(body) else digest(body)
+    forced = replace(settings, force=True, retries=0)
+    assert regenerate(forced).unanswered == 1
+    server.respond, server.asked = digest, []
+    assert regenerate(forced).kept == COUNT - 1 and len(server.asked) == 2
+
+
+def test_fields_that_are_no_text_stay(settings, tmp_path):
+    """Half of a character is no text in UTF-8; JSON holds it escaped."""
+    row = {"conversations": [{"from": "human", "value": "é"}], "about": "\ud83d", "n": 1e400}
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([row, {**row, "about": "é"}]))
+    regenerate(replace(settings, data=path))
+    found = rows(settings)
+    assert [r["about"] for r in found] == ["\ud83d", "é"] and found[0]["n"] == float("inf")
+    assert '"about": "é"' in settings.output.read_text(encoding="utf-8")
+
+
 def test_cut_replies_are_counted(settings, server, capsys):
     server.respond = lambda body: completion("as far as", "length")
     command = ["regenerate", "--data", str(settings.data), "--output", str(settings.output)]
@@ -344,3 +364,5 @@ def test_cut_replies_are_counted(settings, server, capsys):
     said = capsys.readouterr()
     assert f"{2 * COUNT} replies were cut at --max-tokens (512)" in said.err
     assert "tokens/s" in said.err
+    turns = [turn for row in rows(settings) for turn in row["conversations"]]
+    assert all((turn["from"] == "gpt") == turn.get("cut", False) for turn in turns)

@@ -89,6 +89,15 @@ def test_replies_are_marked(kind, tmp_path):
         rendered.input_ids[rendered.answer_mask], skip_special_tokens=True
     )
     assert said.split() == ["one", "twothree"] or said.split() == ["one", "two", "three"]
+    for number in (1, 3):  # a reply that was cut: the same tokens, without the end of turn
+        cut = json.loads(json.dumps(raw))
+        cut["conversations"][number]["cut"] = True
+        found = renderer.render(parse_record(cut))
+        assert found.input_ids.equal(rendered.input_ids)
+        missing = rendered.input_ids[rendered.answer_mask & ~found.answer_mask].tolist()
+        # The tiny target's template writes no end of turn.
+        assert missing == [processor.tokenizer.eos_token_id] * (kind == "demo")
+        assert not (found.answer_mask & ~rendered.answer_mask).any()
     renderer.max_length = len(rendered.input_ids) - 1
     shorter = renderer.render(parse_record(raw))
     assert "three" not in processor.tokenizer.decode(shorter.input_ids)

@@ -67,6 +67,15 @@ def test_every_spelling_is_asked_and_answered(raw):
     assert said(with_replies(raw, NEW[:1])) == ["s", "a", "first"]
 
 
+def test_replies_that_were_cut_are_marked():
+    """And the mark of an older reply goes with it."""
+    raw = sharegpt("a", "old", "b")
+    raw["conversations"][1]["cut"] = True
+    new = with_replies(raw, NEW, [1])
+    assert [turn.get("cut") for turn in new["conversations"]] == [None, None, None, True]
+    assert [m.get("cut") for m in parse_record(new).messages] == [None, None, None, True]
+
+
 def parts(*sources):
     return [{"type": "image_url", "image_url": {"url": s}} for s in sources]
 

@@ -97,7 +97,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="for a server that is away, before giving up (default: 600 s)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="begin anew, over an output or a killed run"
+        "--force",
+        action="store_true",
+        help="write over an output that is there, or forget a killed run with other settings",
     )
     parser.set_defaults(func=run_regenerate)
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.storage import remove, storage_errors, write_text
+from vllm_msd.storage import storage_errors, write_text
 
 _GO_ON = "Mend that, then start the same command again: it goes on from here."
 
@@ -26,13 +26,13 @@ class Journal:
         resumed: conversations that were there already.
     """
 
-    def __init__(self, output: Path, about: dict[str, Any], afresh: bool = False) -> None:
+    def __init__(self, output: Path, about: dict[str, Any], force: bool = False) -> None:
         """Open a run's journal, or begin it.
 
         Args:
             output: the file that is written at the end.
             about: data and settings, in JSON's types, which a resumed run must share.
-            afresh: forget what is there.
+            force: forget what a run with other settings has done.
 
         Raises:
             ConfigError: it belongs to a run with other settings, or another process is at it.
@@ -41,8 +41,6 @@ class Journal:
         self.path = output.with_name(output.name + ".journal")
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
         with storage_errors(self.path):
-            if afresh:
-                remove(self.path)
             if not self.path.exists():
                 write_text(self.path, _line(about))
             self._file = self.path.open("r+b")
@@ -56,13 +54,13 @@ class Journal:
             ) from error
         try:
             with storage_errors(self.path, "read"):
-                self._read(about, output)
+                self._read(about, force)
         except BaseException:
             self._file.close()
             raise
         self.resumed = len(self)
 
-    def _read(self, about: dict[str, Any], output: Path) -> None:
+    def _read(self, about: dict[str, Any], force: bool) -> None:
         first = _table(self._file.readline()) or {}
         place = self._file.tell()
         for line in self._file:
@@ -74,13 +72,14 @@ class Journal:
                 self._file.write(b"\n")
                 place += 1
         differences = _differences(first, about)
-        if differences and self._places:
+        if differences and self._places and not force:
             raise ConfigError(
                 f"{self.path} was begun with other settings:\n  "
                 + "\n  ".join(differences)
-                + "\nTake back what differs, give another --output, or begin anew with --force."
+                + "\nTake back what differs, give another --output, or forget it with --force."
             )
         if differences:  # a run that has done nothing is no loss
+            self._places.clear()
             self._file.truncate(0)
             self._file.seek(0)
             self._file.write(_line(about).encode())

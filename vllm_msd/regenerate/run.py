@@ -204,7 +204,8 @@ class _Run:
         questions = await asyncio.to_thread(_messages, record, self.roots)
         said: list[dict[str, Any]] = []
         replies: list[str] = []
-        cut, ended = 0, None
+        cut: list[int] = []
+        ended = None
         for message in questions:
             said.append(message)
             if message["role"] == "system":
@@ -223,10 +224,11 @@ class _Run:
                     raise BadRecordError("the target's reply is empty")
                 ended = f"ends after {len(replies)} replies: the target's next one is empty"
                 break
+            if reply.is_cut:
+                cut.append(len(replies))
             replies.append(reply.text)
-            cut += reply.is_cut
             said.append({"role": "assistant", "content": reply.text})
-        with_replies(self.file.raw(number), replies)  # refused now, not when all is written
+        with_replies(self.file.raw(number), replies, cut)  # refused now, not when all is written
         ending = {"ended": ended} if ended else {}
         return {"replies": replies, "cut": cut, **ending}
 
@@ -253,16 +255,16 @@ class _Run:
                         listed.append({**place, "reason": self.failed[number, sample]})
                         continue
                     done = journal[number, sample]
-                    row = with_replies(raw, done["replies"])
+                    row = with_replies(raw, done["replies"], done["cut"])
                     if self.settings.samples > 1:
                         row["sample"] = sample
                     if "ended" in done:
                         listed.append({**place, "reason": done["ended"]})
                     between = "" if is_lines else ",\n" if self.counts.conversations else "\n"
-                    file.write(between + json.dumps(row, ensure_ascii=False))
+                    file.write(between + _json(row))
                     file.write("\n" if is_lines else "")
                     self.counts.conversations += 1
-                    self.counts.cut_replies += done["cut"]
+                    self.counts.cut_replies += len(done["cut"])
                 file.write("" if is_lines else "\n]\n")
             self.counts.left_out = len(self.file.bad) + len(self.failed) - self.counts.unanswered
             if not self.counts.conversations:
@@ -274,6 +276,16 @@ class _Run:
             else:
                 with storage_errors(failures):
                     remove(failures)
+
+
+def _json(row: dict[str, Any]) -> str:
+    """A row to be read by people too; half of a character in some field of it stays escaped."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
 
 
 def failures_of(output: str | Path) -> Path:

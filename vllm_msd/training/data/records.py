@@ -14,8 +14,9 @@
 `image` (or `images`) is a path or data URL, a list of them, or absent. `id` may be anything. Each
 `<image>` in the text, and each image part that names none, stands for the next image of the record;
 images without any of these come first in the first question. A record's `system` stands for a
-system turn at the beginning, where there is none. Where a record has two spellings of one thing,
-the one that is not empty counts.
+system turn at the beginning, where there is none. A reply with `"cut": true` ended at a limit of
+tokens, not by itself. Where a record has two spellings of one thing, the one that is not empty
+counts.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ class BadRecordError(Exception):
 class Record:
     """A conversation.
 
-    messages: chat messages with content parts; ends with a reply. images: paths or data URLs, as
+    messages: chat messages with content parts; ends with a reply; ``"cut": True`` is in those of
+    replies that ended at a limit. images: paths or data URLs, as
     written. kind: what the record calls itself (``"kind"``), or None.
     """
 
@@ -54,12 +56,14 @@ class Record:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Number, role, parts, and images that image parts name (None: the record's next one)."""
+    """Number, role, parts, images that image parts name (None: the record's next one), and whether
+    it ended at a limit of tokens."""
 
     number: int
     role: str
     parts: list[dict[str, Any]]
     images: list[str | None]
+    is_cut: bool
 
 
 def parse_record(raw: Any) -> Record:
@@ -167,7 +171,8 @@ def _turn(number: int, turn: Any) -> _Turn:
         images += [None for part in found if part["type"] == "image"]
     if images and role != "user":
         raise BadRecordError(f"{where}: an image inside what the {role} says")
-    return _Turn(number, role, parts or [{"type": "text", "text": ""}], images)
+    is_cut = role == "assistant" and turn.get("cut") is True
+    return _Turn(number, role, parts or [{"type": "text", "text": ""}], images, is_cut)
 
 
 def _is_no_system(turn: Any) -> bool:
@@ -220,7 +225,8 @@ def _alternating(turns: list[_Turn]) -> list[dict[str, Any]]:
             raise BadRecordError(f"turn {number}: got two turns of the {turn.role} in a row")
         if turn.role == "assistant" and not "".join(p["text"] for p in turn.parts).strip():
             raise BadRecordError(f"turn {number}: an empty reply")
-        messages.append({"role": turn.role, "content": turn.parts})
+        cut = {"cut": True} if turn.is_cut else {}
+        messages.append({"role": turn.role, "content": turn.parts, **cut})
         wanted = "assistant" if turn.role == "user" else "user"
     while messages and messages[-1]["role"] != "assistant":
         if any(part["type"] == "image" for part in messages[-1]["content"]):

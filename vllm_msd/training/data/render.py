@@ -192,11 +192,13 @@ class Renderer:
                 continue
             before = self._text(messages[:number], add_generation_prompt=True)
             after = self._text(messages[: number + 1])
-            # The end of a reply may be written differently when another turn follows.
             if not text.startswith(before) or not after.startswith(before):
                 return self._marked_spans(messages, text)
-            end = len(after) if text.startswith(after) else text.find(_reply(message), len(before))
-            if end != len(after):
+            end = len(after)
+            # The end of a reply may be written differently when another turn follows; one that was
+            # cut has none of the target's.
+            if message.get("cut") or not text.startswith(after):
+                end = text.find(_reply(message), len(before))
                 if end < 0:
                     return self._marked_spans(messages, text)
                 end += len(_reply(message))

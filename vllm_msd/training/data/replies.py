@@ -1,6 +1,6 @@
 """Records with other replies than those they were written with; everything else stays as it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vllm_msd.training.data.records import (
@@ -26,7 +26,9 @@ def parse_questions(raw: Any) -> Record:
     return parse_record(raw if turns is None else _replaced(raw, [_ANY] * len(turns)))
 
 
-def with_replies(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Any]:
+def with_replies(
+    raw: Mapping[str, Any], replies: Sequence[str], cut: Collection[int] = ()
+) -> dict[str, Any]:
     """A record's questions with these replies, in the record's own spelling.
 
     Replies before the first question are left out. With fewer replies than questions the record
@@ -35,11 +37,12 @@ def with_replies(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, An
     Args:
         raw: a record that `parse_questions` reads.
         replies: to the first questions, one each; at least one.
+        cut: numbers, from 0, of replies that ended at a limit of tokens.
 
     Raises:
         BadRecordError: a reply that no record can hold.
     """
-    record = _replaced(raw, replies)
+    record = _replaced(raw, replies, cut)
     name = filled_name(raw, "image", "images")
     whole = _replaced(raw, [_ANY] * len(_turns(raw) or []))
     if name and raw[name] and _num_turns(record) < _num_turns(whole):
@@ -75,7 +78,9 @@ def _turns(raw: Any) -> list[Any] | None:
     return raw[name] if name and isinstance(raw[name], list) else None
 
 
-def _replaced(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Any]:
+def _replaced(
+    raw: Mapping[str, Any], replies: Sequence[str], cut: Collection[int] = ()
+) -> dict[str, Any]:
     turns: list[Any] = []
     used, question = 0, None  # the last question, for its spelling
     for turn in _turns(raw) or []:
@@ -87,16 +92,12 @@ def _replaced(raw: Mapping[str, Any], replies: Sequence[str]) -> dict[str, Any]:
         if role == "user":
             question = turn
         elif role == "assistant":
-            turn = _saying(turn, replies[used])
+            turn = _saying(turn, replies[used], used in cut)
             used += 1
         turns.append(turn)
     if used < len(replies) and turns and _role(turns[-1]) == "user":
-        named = "from" in turns[-1]
-        turns.append(
-            {"from": "gpt", "value": replies[used]}
-            if named
-            else {"role": "assistant", "content": replies[used]}
-        )
+        empty = {"from": "gpt"} if "from" in turns[-1] else {"role": "assistant"}
+        turns.append(_saying(empty, replies[used], used in cut))
     name = filled_name(raw, "conversations", "messages")
     return {**raw, str(name): turns}
 
@@ -107,7 +108,9 @@ def _role(turn: Any) -> str | None:
     return ROLES.get(spoken) if isinstance(spoken, str) else None
 
 
-def _saying(turn: Mapping[str, Any], text: str) -> dict[str, Any]:
+def _saying(turn: Mapping[str, Any], text: str, is_cut: bool) -> dict[str, Any]:
     name = filled_name(turn, "value", "content") or ("value" if "from" in turn else "content")
     is_parts = isinstance(turn.get(name), list)
-    return {**turn, name: [{"type": "text", "text": text}] if is_parts else text}
+    kept = {key: value for key, value in turn.items() if key != "cut"}
+    said = {name: [{"type": "text", "text": text}] if is_parts else text}
+    return {**kept, **said, **({"cut": True} if is_cut else {})}
