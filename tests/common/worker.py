@@ -31,6 +31,7 @@ JOBS = {
     "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",
+    "variants": "tests.common.variants:engine_variants",
     "tree": "tests.common.tree_identity:tree_identity",
 }
 

@@ -14,7 +14,13 @@ MAX_FLOAT_BYTES = 2**30
 
 
 def drafting_bytes(
-    requests: int, tree: TreeConfig, vocab: int, *, hidden: int, max_tokens: int, element_bytes=2
+    requests: int,
+    tree: TreeConfig,
+    vocab: int,
+    *,
+    hidden: int,
+    max_tokens: int,
+    element_bytes: int = 2,
 ) -> dict[str, int]:
     """What drafting holds at its peak under Model Runner V2, by kind.
 
