@@ -65,7 +65,6 @@ class Case:
     split: bool = True
     tree: bool = True
     block_size: int = 16
-    requests: int = 64
 
 
 def all_cases() -> list[Case]:
@@ -83,9 +82,8 @@ def all_cases() -> list[Case]:
             Case(arch, 128, 64, q="fp16", cache="fp16"),
             Case(arch, 128, 64, q="fp32", cache="fp32"),
             Case(arch, 256, 64, q="fp32", cache="fp32"),
-            # Blocks that are no power of two want a division; many requests a longer search.
+            # Blocks that are no power of two want a division.
             *(Case(arch, h, rows, block_size=48) for h in (128, 256) for rows in (64, 512)),
-            Case(arch, 128, 64, requests=1024),
         ]
     # e4m3 conversions exist from sm_89 on.
     cases += [Case(90, h, rows, cache="fp8e4nv") for h in (64, 128, 256) for rows in (1, 64, 512)]
@@ -114,7 +112,6 @@ def compile_attention(case: Case) -> tuple[dict, LaunchConfig]:
         "BLOCK_SIZE": case.block_size,
         "BLOCK_M": config.block_m,
         "TILE": config.tile,
-        "REQUESTS": case.requests,
         "SPLIT": case.split,
         "HAS_TREE": case.tree,
         "STAGES": config.num_stages,

@@ -4,7 +4,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_nodes"])
+@triton.jit(
+    do_not_specialize=["num_nodes"],
+    do_not_specialize_on_alignment=["drawn_ptr", "tokens_ptr", "row_start_ptr"],
+)
 def accept_kernel(
     lengths_ptr,  # [R]
     nodes_ptr,  # [R, num_nodes]

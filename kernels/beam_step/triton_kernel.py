@@ -11,7 +11,10 @@ import triton.language as tl
 from ..ranking import NOTHING, best_keys, key_index, order_key
 
 
-@triton.jit(do_not_specialize=["level", "depth", "max_model_len"])
+@triton.jit(
+    do_not_specialize=["level", "depth", "max_model_len"],
+    do_not_specialize_on_alignment=["first_ptr", "slots_ptr"],
+)
 def beam_step_kernel(
     log_probs_ptr,  # [R, parents, K] float32
     tokens_ptr,  # [R, parents, K] int32

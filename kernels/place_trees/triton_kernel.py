@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_nodes"])
+@triton.jit(
+    do_not_specialize=["num_requests", "num_nodes"],
+    do_not_specialize_on_alignment=[
+        "tree_start_ptr",
+        "root_rows_ptr",
+        "slots_ptr",
+        "node_start_ptr",
+        "query_start_ptr",
+        "seq_lens_ptr",
+    ],
+)
 def place_trees_kernel(
     tree_start_ptr,  # [padded requests] int32
     root_rows_ptr,  # [R] int64

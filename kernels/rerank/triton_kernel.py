@@ -6,7 +6,10 @@ import triton.language as tl
 from ..ranking import NOTHING, best_keys, key_index, order_key
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_candidates", "spare_row"])
+@triton.jit(
+    do_not_specialize=["num_nodes", "num_candidates", "spare_row"],
+    do_not_specialize_on_alignment=["slots_ptr", "draft_tokens_ptr"],
+)
 def rerank_kernel(
     parents_ptr,  # [rows, num_nodes] int64, one row per slot and the spare one
     depths_ptr,

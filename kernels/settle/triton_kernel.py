@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_nodes"])
+@triton.jit(
+    do_not_specialize=["num_nodes"],
+    do_not_specialize_on_alignment=["block_table_ptr", "tree_start_ptr", "nodes_ptr"],
+)
 def settle_kernel(
     words_ptr,  # [blocks, BLOCK_SIZE, heads, WIDTH] the first cache, as integers of one word
     offsets_ptr,  # [caches] int64, how many words each cache lies behind the first

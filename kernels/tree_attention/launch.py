@@ -17,14 +17,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _round_requests(n: int) -> int:
-    """64, 256, 1024, ...: few values, because each is a variant of the kernel to compile."""
-    padded = 64
-    while padded < n:
-        padded *= 4
-    return padded
-
-
 @dataclass(frozen=True)
 class LaunchConfig:
     """Tile sizes of one launch.
@@ -91,6 +83,28 @@ def choose_num_splits(programs: int, max_keys: int, slots: int) -> int:
     return next(n for n, f in zip(candidates, filled, strict=True) if f >= 0.9 * max(filled))
 
 
+def choices(
+    group: int, head_size: int, itemsize: int, max_query_len: int, max_seq_len: int, hopper: bool
+) -> list[tuple[LaunchConfig, int]]:
+    """Tiles and splits that together compile every variant a launch can pick; see `variants`.
+
+    Args:
+        group, head_size, itemsize, hopper: as for `choose_config`; fixed in an engine.
+        max_query_len, max_seq_len: the largest that are ever given.
+    """
+    lengths = [*(1 << n for n in range(max_query_len.bit_length())), max_query_len]
+    configs = list(
+        dict.fromkeys(choose_config(n * group, group, head_size, itemsize, hopper) for n in lengths)
+    )
+    most = max(1, min(MAX_SPLITS, max_seq_len // MIN_SPLIT_KEYS))
+    # Split or not is a variant of the attention, the padded number of splits one of the merge.
+    splits = sorted({min(power_of_two(n), most) for n in range(1, most + 1)})
+    return [
+        *((config, n) for config in configs for n in splits[:2]),
+        *((configs[0], n) for n in splits[2:]),
+    ]
+
+
 @dataclass(frozen=True)
 class TreeAttentionWorkspace:
     """Buffers that a split launch needs, allocated once and reused by every layer and step.
@@ -134,6 +148,11 @@ def _device(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether it has the shared memory and the matrix instructions of sm_90 (or sm_100)."""
+    return _device(device)[1][0] in (9, 10)
+
+
 def launch_tree_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -168,7 +187,7 @@ def launch_tree_attention(
             f"a float8_e4m3fn cache needs compute capability 8.9, {q.device} has "
             f"{capability[0]}.{capability[1]}: use float8_e5m2 or {q.dtype}"
         )
-    hopper = capability[0] in (9, 10)
+    hopper = is_hopper(q.device)
     if config is None:
         config = choose_config(max_query_len * group, group, head_size, q.element_size(), hopper)
     block_q = config.block_m // group
@@ -225,7 +244,6 @@ def launch_tree_attention(
         BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m,
         TILE=config.tile,
-        REQUESTS=_round_requests(num_requests),
         SPLIT=num_splits > 1,
         HAS_TREE=tree_start is not None,
         STAGES=config.num_stages,

@@ -100,7 +100,17 @@ def _fold_tiles(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits"])
+# What is read one by one may begin anywhere in an engine's buffers: not a variant of its own.
+@triton.jit(
+    do_not_specialize=["num_requests", "num_splits"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "query_start_ptr",
+        "tree_start_ptr",
+        "ancestors_ptr",
+    ],
+)
 def tree_attention_kernel(
     out_ptr,  # [T, heads, HEAD_SIZE]
     partial_ptr,  # [T, heads, num_splits, HEAD_SIZE] float32, or None
@@ -135,7 +145,6 @@ def tree_attention_kernel(
     BLOCK_SIZE: tl.constexpr,  # slots per cache block
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
-    REQUESTS: tl.constexpr,  # num_requests rounded up
     SPLIT: tl.constexpr,  # num_splits > 1
     HAS_TREE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -147,9 +156,16 @@ def tree_attention_kernel(
     split = tl.program_id(2)
 
     # Request i owns the blocks from query_start[i] // BLOCK_Q + i on; a few at its end are empty.
-    index = tl.arange(0, REQUESTS)
-    starts = tl.load(query_start_ptr + index, mask=index < num_requests, other=2**30)
-    request = tl.sum((starts // BLOCK_Q + index <= q_block).to(tl.int32), 0) - 1
+    # Its number is one less than that of the first request whose blocks begin behind this one.
+    low: tl.int32 = 0
+    high = num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= q_block:
+            low = middle + 1
+        else:
+            high = middle
+    request = low - 1
     query_begin = tl.load(query_start_ptr + request)
     query_len = tl.load(query_start_ptr + request + 1) - query_begin
     first_row = (q_block - query_begin // BLOCK_Q - request) * BLOCK_Q
@@ -258,7 +274,10 @@ def tree_attention_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_requests", "num_splits"],
+    do_not_specialize_on_alignment=["query_start_ptr"],
+)
 def merge_splits_kernel(
     out_ptr,  # [T, heads, HEAD_SIZE]
     partial_ptr,  # [T, heads, num_splits, HEAD_SIZE] float32

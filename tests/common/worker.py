@@ -33,6 +33,7 @@ JOBS = {
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",
     "step_operations": "tests.common.cuda_graphs.operations:step_operations",
+    "variants": "tests.common.variants:engine_variants",
     "tree": "tests.common.tree_identity:tree_identity",
     "vocabulary": "tests.common.vocabularies:vocabulary_identity",
 }

@@ -125,12 +125,14 @@ def test_same_tokens_by_a_schedule(scheduled, name):
     case = scheduled["cases"][name]
     assert case["same"], case["first_difference"]
     assert case["accepted"] > 0 and case["rejected"] > 0
-    # The root alone, and every size of the schedule that this many requests come to.
-    assert {"1", "3", "5", "6"} <= set(case["tree_sizes"])
+    assert len(case["tree_sizes"]) > 3
 
 
 def test_a_schedule_cuts_trees_and_not_only_chains(scheduled):
-    assert sum(case["other_children"] for case in scheduled["cases"].values()) > 0
+    cases = scheduled["cases"].values()
+    assert sum(case["other_children"] for case in cases) > 0
+    sizes = {int(size) for case in cases for size in case["tree_sizes"]}
+    assert {nodes + 1 for *_, nodes in SCHEDULE} <= sizes
 
 
 def test_requests_are_drafted_for_in_turn(scheduled):

@@ -2,8 +2,9 @@
 
 Model Runner V1 has built vLLM's EAGLE drafter by then and loaded no weights yet, so the drafter is
 simply replaced by our subclass of it; for draft trees the whole runner is ours. Model Runner V2
-gets our speculators. Both get mends for LoRA (see `gpu.lora` and `cpu.lora`). Engines in the same
-process that speculate otherwise are not touched.
+gets our speculators and, for trees, the kernels to compile at start (see `gpu.warmup`). Both get
+mends for LoRA (see `gpu.lora` and `cpu.lora`). Engines in the same process that speculate otherwise
+are not touched.
 """
 
 import functools
@@ -33,6 +34,10 @@ def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:
         elif self.vllm_config.use_v2_model_runner:
             original(self)
             _require_our_speculator(self.worker.model_runner)
+            if wants_trees(self.vllm_config):
+                from vllm_msd.vllm_plugin.gpu.warmup import register_kernels
+
+                register_kernels(self.worker.model_runner)
             if self.vllm_config.lora_config is not None:
                 from vllm_msd.vllm_plugin.gpu.lora import follow_drafts
 

@@ -220,6 +220,13 @@ class TreeSpeculator(ChainSpeculator):
                 self.model_state.store.turn_into_chains(slots, self.draft_tokens[:num_reqs], turn)
         return self.draft_tokens[:num_reqs]
 
+    def grow_for_nobody(self) -> None:
+        """Launch every kernel of a drafting round, for a padding request and without attention."""
+        self.idx_mapping[:1].fill_(-1)
+        self._set_query_starts(1)
+        self._keep_roots(1)
+        self._grow(slice(0, 1), None, None)
+
     def _profile_verification(self, hidden: torch.Tensor) -> None:
         """Take the memory of the largest verification's logits, for vLLM's profile to see.
 

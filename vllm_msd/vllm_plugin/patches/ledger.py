@@ -71,13 +71,15 @@ PATCHES: tuple[Patch, ...] = (
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
         make="vllm_msd.vllm_plugin.runners:wrap_init_device",
         what="Gives Model Runner V1 the MSD drafter in place of the EAGLE one it has just built; "
-        "for draft trees, puts our subclass in the place of the CPU's runner. With LoRA, tells "
-        "Model Runner V2 how many rows of logits each request has; on the CPU under 0.32, keeps "
-        "adapters off the rows of requests without one.",
+        "for draft trees, puts our subclass in the place of the CPU's runner. Tells Model Runner "
+        "V2 with LoRA how many rows of logits each request has, and with trees which kernels to "
+        "compile at start. With LoRA on the CPU under 0.32, keeps adapters off the rows of "
+        "requests without one.",
         why="The EAGLE drafter of V1 feeds the draft a wrong row at the end of a prompt chunk, "
         "M-RoPE positions and the target's adapters, and stops drafting for all when one request "
         "nears max_model_len. vLLM verifies chains only. V2 knows the adapter of one row a "
-        "request. The CPU's LoRA of 0.32 gives rows without an adapter the one in the last place.",
+        "request; its registry of kernels takes ours once the runner is there. The CPU's LoRA of "
+        "0.32 gives rows without an adapter the one in the last place.",
         remove_when="Model Runner V1 is gone from every supported version.",
         used_as=(
             (
@@ -89,6 +91,10 @@ PATCHES: tuple[Patch, ...] = (
                 'self.model_runner = CPUModelRunner(self.vllm_config, torch.device("cpu"))',
             ),
             ("vllm.v1.worker.gpu.model_runner", "self.lora_state.make_lora_inputs("),
+            (
+                "vllm.v1.worker.gpu.model_runner",
+                "self.jit_warmup_registry = JitWarmupRegistry(vllm_config)",
+            ),
         ),
     ),
     Patch(
