@@ -9,7 +9,7 @@ from tests.common.kills import killed
 
 @pytest.mark.parametrize(
     ("what", "kills"),
-    [pytest.param("train", 2, marks=pytest.mark.long), ("convert", 2), ("trim", 3)],
+    [pytest.param("train", 2, marks=pytest.mark.long), ("convert", 2), ("trim", 2)],
 )
 def test_a_kill_changes_no_result(what, kills):
     number = random.SystemRandom().randrange(1 << 30)
