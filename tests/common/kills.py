@@ -224,7 +224,7 @@ def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     if not _run_alone(lambda: tiny.build_pair(folder / "pair", "llava")):
         raise RuntimeError("the target cannot be built")
     text, _ = write_conversations(folder / "data", characters="".join(map(chr, range(33, 99))))
-    text.write_text("\n".join([text.read_text()] * 100))
+    text.write_text("\n".join([text.read_text()] * 50))
     vocabulary.SAVE_SECONDS = 0.05  # ten seconds otherwise
 
     def command(name: str) -> list[str]:
@@ -244,7 +244,7 @@ def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         code, _ = _run(command(output.name), rng.uniform(0.0, seconds))
         place = output / vocabulary.COUNTS
         done = json.loads(place.read_text())["done"] if place.is_file() else 0
-        kinds = (code is not None, not done, done < 1200, True)
+        kinds = (code is not None, not done, done < 600, True)
         met[next(k for k, fits in zip(met, kinds, strict=True) if fits)] += 1
         if code is None and not (output / "config.json").exists():
             _expect(_run(command(output.name)), output.name)

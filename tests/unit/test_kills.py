@@ -12,7 +12,7 @@ from tests.common.kills import killed
     [
         pytest.param("train", 2, marks=pytest.mark.long),
         ("convert", 2),
-        ("trim", 3),
+        ("trim", 2),
         ("regenerate", 10),
     ],
 )

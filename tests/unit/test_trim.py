@@ -68,12 +68,21 @@ def test_the_most_frequent_tokens_and_all_special_ones_are_kept(setting, tmp_pat
 
 def test_coverage_takes_as_few_as_it_can(setting, tmp_path):
     pair, data, run = setting
-    (counted, _), special = rendered_counts(pair, data)
+    (counted, held_out), special = rendered_counts(pair, data)
     assert run(tmp_path / "d", "--coverage", "0.9") == 0
     kept = load_draft_vocabulary(tmp_path / "d").numpy()
     assert len(kept) % 64 == 0
-    assert covered(counted, kept) >= 0.9
-    assert len(kept) == 64 or covered(counted, choose(counted, special, len(kept) - 64)) < 0.9
+    assert covered(held_out, kept) >= 0.9
+    assert len(kept) == 64 or covered(held_out, choose(counted, special, len(kept) - 64)) < 0.9
+
+
+def test_coverage_is_of_what_was_not_counted():
+    counted, held_out = np.zeros(640, np.int64), np.zeros(640, np.int64)
+    counted[:10] = 100
+    held_out[[1, 300]] = 50
+    assert len(choose(counted, [], coverage=0.9)) == 64
+    assert len(choose(counted, [], coverage=0.9, judged=held_out)) == 320
+    assert len(choose(counted, [], coverage=0.5, judged=held_out)) == 64
 
 
 def test_a_published_draft_is_trimmed(setting, tmp_path):

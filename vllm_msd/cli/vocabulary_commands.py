@@ -43,7 +43,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     amount.add_argument("--size", type=positive, metavar="N", help="tokens to keep")
     amount.add_argument(
         "--coverage", type=_share, default=0.98, metavar="C",
-        help="keep as many as cover this share of the counted tokens (default: 0.98)",
+        help="keep as many as cover this share of the tokens held out (default: 0.98)",
     )  # fmt: skip
     trim.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     trim.set_defaults(func=_trim)
@@ -83,7 +83,7 @@ def _table(figures: dict[str, Any]) -> str:
         mark = "  <- kept" if size == figures["size"] else ""
         lines.append(f"{size:>11,}  {share:.2%}{mark}")
     lines.append(
-        f"{figures['size']:,} of {figures['vocab_size']:,} tokens cover "
-        f"{figures['covers']:.2%} of {figures['tokens']:,} tokens in {figures['records']:,} records"
+        f"kept {figures['size']:,} of {figures['vocab_size']:,} tokens, by "
+        f"{figures['tokens']:,} in {figures['records']:,} records"
     )
     return "\n".join(lines)

@@ -54,7 +54,7 @@ def trim(
         output: folder for the new draft, and ``counts.json``.
         target: folder or hub name; its tokenizer and config are read.
         size: tokens to keep. None keeps as many as ``coverage`` takes.
-        coverage: share of the counted tokens to be covered.
+        coverage: share of the tokens held out to be covered.
         force: write into a folder that holds something else.
 
     Returns:
@@ -79,7 +79,8 @@ def trim(
         folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(map(len, files)), unit="record", dynamic_ncols=True) as bar:
         counts = count_replies(renderer, files, vocab_size, folder / COUNTS, bar.update)
-    ids = choose(counts.counted, special, size, coverage)
+    judged = counts.held_out if counts.held_out.any() else None
+    ids = choose(counts.counted, special, size, coverage, judged)
     bad = [*(bad for file in files for bad in file.bad), *counts.bad]
     figures = {
         "size": len(ids),

@@ -166,7 +166,11 @@ def check_size(size: int, special: list[int], vocab_size: int, name: str = "--si
 
 
 def choose(
-    counted: np.ndarray, special: list[int], size: int | None = None, coverage: float = 1.0
+    counted: np.ndarray,
+    special: list[int],
+    size: int | None = None,
+    coverage: float = 1.0,
+    judged: np.ndarray | None = None,
 ) -> np.ndarray:
     """The special tokens and the most frequent others, int64 ``[D]`` in ascending order.
 
@@ -177,7 +181,9 @@ def choose(
         special: tokens that are kept in any case.
         size: D. None takes the smallest multiple of 64, to which vLLM pads a head anyway, that
             covers enough.
-        coverage: the share of all counted tokens that is enough.
+        coverage: the share of the ``judged`` tokens that is enough.
+        judged: int64 ``[V]`` counts that coverage is about: of what was held out, if anything was.
+            By default the counted ones, which every choice fits better than others.
 
     Raises:
         ConfigError: an impossible size.
@@ -187,8 +193,8 @@ def choose(
     is_special[special] = True
     order = np.lexsort((np.arange(num_tokens), -counted, ~is_special))
     if size is None:
-        covered = np.cumsum(counted[order])
-        needed = int(np.searchsorted(covered, coverage * covered[-1] * (1 - 1e-12))) + 1
+        reached = np.cumsum((counted if judged is None else judged)[order])
+        needed = int(np.searchsorted(reached, coverage * reached[-1] * (1 - 1e-12))) + 1
         size = min(num_tokens, -(-max(needed, len(special)) // 64) * 64)
     check_size(size, special, num_tokens)
     return np.sort(order[:size])
