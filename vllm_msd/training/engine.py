@@ -7,9 +7,11 @@ micro-batches, nor a kill and resume changes the losses beyond rounding.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.storage import check_folder
-from vllm_msd.training import rows
+from vllm_msd.training import curves, rows
 from vllm_msd.training.data.batches import (
     Corpus,
     Example,
@@ -36,13 +38,17 @@ from vllm_msd.training.data.plan import DataPlan, seeded, share_of_multimodal
 from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
 from vllm_msd.training.initial import draft_config, initial_draft
 from vllm_msd.training.losses import EPSILON
+from vllm_msd.training.measure import measure
 from vllm_msd.training.objective import DraftObjective, LossWeights
 from vllm_msd.training.results import Results
 from vllm_msd.training.run_files import RunFolder, describe_data
-from vllm_msd.training.settings import TrainSettings
+from vllm_msd.training.settings import TRACKERS, TrainSettings
+from vllm_msd.training.start import parameter_groups
 from vllm_msd.training.targets import Features, Target
-from vllm_msd.training.window import FIGURES, Window
+from vllm_msd.training.window import FIGURES, Window, not_learning
 
+# Fewer steps say nothing about whether a run learns.
+_STEPS_TO_JUDGE = 20
 _NOISE = 102  # a stream of random numbers beside those of the data
 
 
@@ -66,7 +72,11 @@ class Trainer:
     def __init__(self, settings: TrainSettings, target: Target | None = None) -> None:
         self.settings = settings
         self.folder = RunFolder(settings.output)
-        self.accelerator = Accelerator(cpu=settings.device == "cpu")
+        curves.check_report(settings.report_to)
+        self.accelerator = Accelerator(
+            cpu=settings.device == "cpu",
+            log_with=settings.report_to if settings.report_to in TRACKERS else None,
+        )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
@@ -98,6 +108,7 @@ class Trainer:
         self.steps = settings.steps or max(
             1, round(settings.epochs * sum(self.corpus.num_training) / settings.batch_size)
         )
+        self.warmup = min(settings.warmup_steps, max(1, self.steps // 10))
         self.plan = self._plan()
         self.cache = self._cache()
         self.dataset = StepDataset(
@@ -106,7 +117,7 @@ class Trainer:
         self._prepare_draft()
         self.results = Results(
             settings, self.folder, self.data, self.accelerator, self.target, self.renderer,
-            self.corpus, self.config,
+            self.corpus, self.config, self.units,
         )  # fmt: skip
 
     def _plan(self) -> DataPlan:
@@ -130,12 +141,15 @@ class Trainer:
     def _prepare_draft(self) -> None:
         s = self.settings
         self.config = draft_config(self.target, s.target_name, s.layers, s.layer_type)
-        draft = initial_draft(self.target, self.config, s.init, s.seed)
+        # A resumed run's weights are in the units that it was started with.
+        known = self.folder.units() if s.resume else None
+        self.units, sample = measure(self.target, self.renderer, self.corpus, s, known)
+        draft = initial_draft(self.target, self.config, s.init, s.seed, self.units, sample)
         weights = LossWeights(s.loss, s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
         optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            s.learning_rate,
+            parameter_groups(draft, sample),
+            self.rate(0),
             (0.9, 0.95),
             weight_decay=s.weight_decay,
             fused=True,
@@ -144,7 +158,8 @@ class Trainer:
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
         )
-        self.head = self.target.head.bfloat16() if s.precision == "bf16" else self.target.head
+        head = self.target.head * self.units.hidden
+        self.head = head.bfloat16() if s.precision == "bf16" else head
 
     # The run ----------------------------------------------------------------------------------
 
@@ -161,7 +176,7 @@ class Trainer:
             dynamic_ncols=True,
         )  # fmt: skip
         figures: dict[str, Any] = results.last_figures()
-        stopped = False
+        stopped = warned = False
         self.objective.train()
         batches = iter(self._batches())
         while progress.step < self.steps and not stopped:
@@ -176,13 +191,20 @@ class Trainer:
             is_saving = is_last or progress.step % s.save_every == 0
             if is_saving or progress.step % s.log_every == 0:
                 figures = window.row(progress.step, self.rate(progress.step - 1), self.plan)
+                is_past_warmup = window.steps[0] >= max(self.warmup, _STEPS_TO_JUDGE)
                 window = Window(s.draft_steps)
                 results.log(figures)
+                if is_past_warmup and (is_last or not warned):
+                    warning = not_learning(figures, self.config.vocab_size)
+                    warned = warned or bool(warning)
+                    if warning and self.is_main:
+                        bar.write(warning, file=sys.stderr)
                 bar.set_postfix_str(
                     f"loss {figures['loss']:.3f}, agree {figures['agreement'][0]:.3f}, "
                     f"{figures['tokens_per_second']:.0f} tok/s"
                 )
-            if s.eval_records and (is_last or progress.step % s.eval_every == 0):
+            is_early = progress.step in (s.eval_every // 20, s.eval_every // 4)
+            if s.eval_records and (is_last or is_early or progress.step % s.eval_every == 0):
                 figures |= results.evaluate(self.objective)
             if is_saving:
                 if self.cache is not None:
@@ -203,6 +225,7 @@ class Trainer:
                     "settings": self.settings.as_dict(),
                     "data": self.data,
                     "target": self.target.identity(),
+                    "units": asdict(self.units),
                 }
                 self.folder.start(about, self.corpus.bad)
         self.accelerator.wait_for_everyone()
@@ -230,12 +253,12 @@ class Trainer:
     def rate(self, step: int) -> float:
         """The learning rate at a step, from 0."""
         s = self.settings
-        warmup = min(s.warmup_steps, max(1, self.steps // 2))
-        if step < warmup:
-            return s.learning_rate * (step + 1) / warmup
-        past = (step - warmup) / max(1, self.steps - warmup)
+        highest = s.highest_rate(self.config.hidden_size)
+        if step < self.warmup:
+            return highest * (step + 1) / self.warmup
+        past = (step - self.warmup) / max(1, self.steps - self.warmup)
         factor = {"cosine": 0.5 * (1 + math.cos(math.pi * past)), "linear": 1 - past}
-        return s.learning_rate * factor.get(s.decay, 1.0)
+        return highest * factor.get(s.decay, 1.0)
 
     def train_step(self, data: StepData, window: Window, is_late: bool = False) -> bool:
         """One step; returns whether the first process wants to stop here."""
@@ -257,7 +280,7 @@ class Trainer:
         count, num_bad, stop = self.accelerator.reduce(totals, "sum").tolist()
         self._check_bad(int(num_bad))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(data.step)
+            group["lr"] = self.rate(data.step) * group["factor"]
         sums = torch.zeros(len(FIGURES), s.draft_steps, device=self.device)
         loss_sum = torch.zeros((), device=self.device)
         tokens = 0
@@ -326,6 +349,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         s = self.settings
         inputs = rows.draft_rows(features, self.target.embed, s.visual_rows)
+        inputs = self.units.scaled(inputs)
         if s.noise:
             generators = [
                 torch.Generator(self.device).manual_seed(
@@ -336,7 +360,8 @@ class Trainer:
             inputs = rows.with_noise(inputs, features.lengths, s.noise, generators)
         mask = self._counted(features.answer_mask, features.lengths)
         with self.autocast:
-            return self.objective(inputs, features.hidden.float(), mask, self.head)
+            wanted = features.hidden.float() / self.units.hidden
+            return self.objective(inputs, wanted, mask, self.head)
 
     def _check_bad(self, count: int) -> None:
         limit = self.settings.max_bad_fraction * self.corpus.num_found

@@ -8,10 +8,12 @@ import torch
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import check_draft_sizes, load_draft
-from vllm_msd.checkpoint.files import locate, read_json
+from vllm_msd.checkpoint.files import CONFIG, locate, read_json
 from vllm_msd.draft import MSDDraft
-from vllm_msd.errors import CheckpointError, DataError
+from vllm_msd.errors import CheckpointError, ConfigError, DataError
 from vllm_msd.provenance import provenance
+from vllm_msd.storage import check_folder, write_json
+from vllm_msd.training import model_card
 from vllm_msd.training.acceptance import (
     chain_acceptance,
     greedy_replies,
@@ -20,6 +22,7 @@ from vllm_msd.training.acceptance import (
 )
 from vllm_msd.training.data.batches import image_roots, kind_of
 from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.profile import MIN_VERIFICATIONS
 from vllm_msd.training.settings import VISUAL_ROWS
 from vllm_msd.training.targets import Target
 from vllm_msd.tree import TreeConfig
@@ -40,6 +43,7 @@ def evaluate(
     target_dtype: str = "auto",
     device: str = "auto",
     visual_rows: str | None = None,
+    write: bool = False,
 ) -> dict[str, Any]:
     """Count what the target would accept of the draft on its own greedy replies.
 
@@ -53,17 +57,22 @@ def evaluate(
         max_tokens: of a reply. max_length: of a prompt. batch_size: prompts at a time.
         target_dtype: ``auto`` is the checkpoint's. device: ``auto`` or ``cpu``.
         visual_rows: how the draft treats them; None reads its provenance.
+        write: put the acceptance profile into the draft's config (``msd_acceptance``) and the
+            figures into its model card, if it has one.
 
     Returns:
         ``all`` and ``kinds``: ``acceptance_length`` (the target's own token counted),
-        ``accepted_at_depth`` per verification, ``accuracy_at_depth`` per row (chains only), and
-        ``skipped``, records that could not be used.
+        ``accepted_at_depth`` per verification, ``accuracy_at_depth`` per row (chains only),
+        ``profile`` (chains only, see `profile.acceptance_profile`), and ``skipped``, records that
+        could not be used.
 
     Raises:
         ConfigError, DataError, CheckpointError: what the user can mend.
     """
     tree = TreeConfig.from_settings(num_speculative_tokens, tree_depth, tree_top_k)
     folder = locate(draft)
+    if write:
+        _check_writable(folder, Path(draft), tree)
     config, state = load_draft(folder)
     if visual_rows is None:
         visual_rows = _trained_visual_rows(folder)
@@ -94,7 +103,35 @@ def evaluate(
         "target_dtype": target_dtype, "visual_rows": visual_rows,
     }  # fmt: skip
     skipped = [*(str(b) for f in files for b in f.bad), *map(str, bad)]
-    return {**provenance(**settings), **summary(found), "skipped": skipped}
+    table = summary(found)
+    if write:
+        _write(folder, table)
+    return {**provenance(**settings), **table, "skipped": skipped}
+
+
+def _check_writable(folder: Path, given: Path, tree: TreeConfig) -> None:
+    """Refuse `write` where its figures have no place, before anything is counted."""
+    if not tree.is_chain:
+        raise ConfigError("write: a profile is counted on chains. Leave the tree's sizes out.")
+    if not given.expanduser().is_dir():
+        raise ConfigError(f"write: got {given}, expected a folder. Fetch the draft into one first.")
+    if read_json(folder / CONFIG).get("model_type") != "msd":
+        raise ConfigError(
+            f"write: {folder} is in a published layout, whose config has no place for a profile. "
+            "`vllm-msd convert` makes a folder that has."
+        )
+    check_folder(folder, "write")
+
+
+def _write(folder: Path, table: dict[str, Any]) -> None:
+    if "profile" not in table:
+        raise DataError(
+            f"write: got {table['all']['verifications']} verifications, expected at least "
+            f"{MIN_VERIFICATIONS} for a profile. Give more --records. Nothing was written."
+        )
+    raw = read_json(folder / CONFIG)
+    write_json(folder / CONFIG, {**raw, "msd_acceptance": table["profile"]})
+    model_card.write_acceptance(folder, table)
 
 
 def _trained_visual_rows(folder: Path) -> str:

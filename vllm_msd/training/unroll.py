@@ -147,7 +147,7 @@ class ChainCount:
 
 def replay_chains(
     matches: Tensor, start: int, end: int, count: ChainCount, known: int | None = None
-) -> None:
+) -> list[tuple[int, int]]:
     """Replay greedy chain drafting over one reply and add to `count`.
 
     Args:
@@ -157,9 +157,12 @@ def replay_chains(
         end: position of its last token.
         known: position of the last token that the target has said, as if the reply went on;
             `end` if not given.
+
+    Returns:
+        Each verification's row of step 1, and how many tokens it accepted.
     """
     known = end if known is None else known
-    newest = start
+    newest, found = start, []
     while newest < end:
         # Row newest - 1 pairs the last hidden state with the newest token; step k + 1 is k rows on.
         accepted = 0
@@ -170,4 +173,6 @@ def replay_chains(
         ):
             accepted += 1
         count.add(accepted)
+        found.append((newest - 1, accepted))
         newest += accepted + 1
+    return found

@@ -1,5 +1,6 @@
-"""Sums over the steps between two lines of a run's log."""
+"""Sums over the steps between two lines of a run's log, and what they say."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,3 +62,21 @@ class Window:
             "tokens_per_second": self.tokens / max(1e-9, sum(self.seconds.values())),
             "seconds": {name: round(t, 4) for name, t in self.seconds.items()},
         }
+
+
+def not_learning(row: dict[str, Any], vocab_size: int) -> str:
+    """A warning if a line of the log is no better than guessing, else nothing.
+
+    Args:
+        row: made after the warm-up (see `Window.row`).
+        vocab_size: tokens that the draft chooses from; a uniform guess costs their logarithm.
+    """
+    surprise, uniform = row["cross_entropy"][0], math.log(vocab_size)
+    if surprise < uniform:
+        return ""
+    return (
+        f"step {row['step']}: the draft's cross-entropy is {surprise:.2f} nats, that of a uniform "
+        f"guess {uniform:.2f}: it has not learned. Try another --learning-rate (now "
+        f"{row['learning_rate']:.1e}), --init random or target, --loss kl, or a smaller "
+        "--regression-weight, and look at the data: are the replies such as the target gives?"
+    )
