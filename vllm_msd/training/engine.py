@@ -17,26 +17,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.storage import check_folder
-from vllm_msd.training import curves, rows
+from vllm_msd.training import curves
 from vllm_msd.training.data.batches import (
     Corpus,
-    Example,
     StepData,
     StepDataset,
-    collate,
     image_roots,
 )
 from vllm_msd.training.data.index import RecordFile
-from vllm_msd.training.data.plan import DataPlan, seeded, share_of_multimodal
-from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
+from vllm_msd.training.data.plan import DataPlan, share_of_multimodal
+from vllm_msd.training.feature_cache import FeatureCache
 from vllm_msd.training.initial import draft_config, initial_draft
+from vllm_msd.training.inputs import DraftInputs
 from vllm_msd.training.losses import EPSILON
 from vllm_msd.training.measure import measure
 from vllm_msd.training.objective import DraftObjective, LossWeights
@@ -44,12 +42,11 @@ from vllm_msd.training.results import Results
 from vllm_msd.training.run_files import RunFolder, describe_data
 from vllm_msd.training.settings import TRACKERS, TrainSettings
 from vllm_msd.training.start import parameter_groups
-from vllm_msd.training.targets import Features, Target
+from vllm_msd.training.targets import Target
 from vllm_msd.training.window import FIGURES, Window, not_learning
 
 # Fewer steps say nothing about whether a run learns.
 _STEPS_TO_JUDGE = 20
-_NOISE = 102  # a stream of random numbers beside those of the data
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -160,6 +157,7 @@ class Trainer:
         )
         head = self.target.head * self.units.hidden
         self.head = head.bfloat16() if s.precision == "bf16" else head
+        self.inputs = DraftInputs(s, self.target, self.cache, self.units, self.device)
 
     # The run ----------------------------------------------------------------------------------
 
@@ -271,8 +269,8 @@ class Trainer:
         self.num_bad += len(fresh)
         size = s.micro_batch_size or len(data.examples)
         micro = [data.examples[i : i + size] for i in range(0, len(data.examples), size)]
-        cached = [self._cached(examples) for examples in micro]
-        count = sum(self._num_rows(*pair) for pair in zip(micro, cached, strict=True))
+        cached = [self.inputs.cached(examples) for examples in micro]
+        count = sum(self.inputs.num_rows(*pair) for pair in zip(micro, cached, strict=True))
         totals = torch.tensor(
             [count, self.num_bad, is_late and self.is_main], dtype=torch.float64,
             device=self.device,
@@ -283,17 +281,20 @@ class Trainer:
             group["lr"] = self.rate(data.step) * group["factor"]
         sums = torch.zeros(len(FIGURES), s.draft_steps, device=self.device)
         loss_sum = torch.zeros((), device=self.device)
-        tokens = 0
+        tokens = places = 0
         for number, (examples, known) in enumerate(zip(micro, cached, strict=True), 1):
-            with window.phase("target", self.device):
-                features = self._features(examples, known)
+            with window.phase("target", self.device), self.autocast:
+                features = self.inputs.features(examples, known)
             tokens += int(features.lengths.sum())
+            places += features.input_ids.numel()
             is_last = number == len(micro)
             with window.phase("draft", self.device):
                 # Gradients meet once, on the last micro-batch.
                 apart = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
                 with apart:
-                    loss, figures = self._loss(features, examples, data.step)
+                    parts = self.inputs.of_draft(features, examples, data.step)
+                    with self.autocast:
+                        loss, figures = self.objective(*parts, self.head)
                     # Averaging over processes divides by their number once more.
                     self.accelerator.backward(loss * (self.world / (count + EPSILON)))
                 sums += figures
@@ -302,66 +303,12 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        together = torch.cat([sums.flatten(), loss_sum[None], loss_sum.new_tensor([tokens])])
+        sizes = loss_sum.new_tensor([tokens, places])
+        together = torch.cat([sums.flatten(), loss_sum[None], sizes])
         together = self.accelerator.reduce(together, "sum")
-        *sums_list, loss_total, tokens_total = together.tolist()
-        window.add(data.step, sums_list, loss_total, count, tokens_total, float(norm))
+        *sums_list, loss_total, tokens, places = together.tolist()
+        window.add(data.step, sums_list, loss_total, count, tokens, places, float(norm))
         return bool(stop)
-
-    # Parts of a step --------------------------------------------------------------------------
-
-    def _cached(self, examples: list[Example]) -> list[dict[str, Tensor] | None]:
-        if self.cache is None:
-            return [None] * len(examples)
-        return [self.cache.get(e.key) if e.key in self.cache else None for e in examples]
-
-    def _num_rows(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> int:
-        total = 0
-        for example, record in zip(examples, known, strict=True):
-            answer = record["answer_mask"] if record else example.content.answer_mask
-            length = torch.tensor([len(answer)])
-            total += int(self._counted(answer[None], length).sum())
-        return total
-
-    def _counted(self, answer_mask: Tensor, lengths: Tensor) -> Tensor:
-        if self.settings.reference_mask:
-            return rows.reference_rows(answer_mask, lengths)
-        return rows.drafted_rows(answer_mask)
-
-    def _features(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> Features:
-        """Of a micro-batch: from the cache where it has them, else from the target."""
-        missing = [e for e, record in zip(examples, known, strict=True) if record is None]
-        if not missing:
-            return stack([r for r in known if r is not None], self.target.pad_id, self.device)
-        batch = collate([e.content for e in missing], self.target.pad_id).to(self.device)
-        with self.autocast:
-            found = self.target.features(batch)
-        if self.cache is None:
-            return found
-        new = dict(zip([e.key for e in missing], unstack(found), strict=True))
-        for key, record in new.items():
-            self.cache.put(key, record)
-        records = [record or new[e.key] for e, record in zip(examples, known, strict=True)]
-        return stack(records, self.target.pad_id, self.device)
-
-    def _loss(
-        self, features: Features, examples: list[Example], step: int
-    ) -> tuple[Tensor, Tensor]:
-        s = self.settings
-        inputs = rows.draft_rows(features, self.target.embed, s.visual_rows)
-        inputs = self.units.scaled(inputs)
-        if s.noise:
-            generators = [
-                torch.Generator(self.device).manual_seed(
-                    int(seeded(s.seed, _NOISE, step, e.slot).integers(2**62))
-                )
-                for e in examples
-            ]
-            inputs = rows.with_noise(inputs, features.lengths, s.noise, generators)
-        mask = self._counted(features.answer_mask, features.lengths)
-        with self.autocast:
-            wanted = features.hidden.float() / self.units.hidden
-            return self.objective(inputs, wanted, mask, self.head)
 
     def _check_bad(self, count: int) -> None:
         limit = self.settings.max_bad_fraction * self.corpus.num_found

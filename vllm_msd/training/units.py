@@ -57,13 +57,23 @@ class Units:
 
     def fold(self, state: dict[str, Tensor], config: MSDDraftConfig) -> dict[str, Tensor]:
         """Weights in these units to those of the same draft in the target's own sizes."""
-        return {name: weight * self._factor(name, weight, config) for name, weight in state.items()}
+        return self._scale(state, config, 1)
 
     def unfold(self, state: dict[str, Tensor], config: MSDDraftConfig) -> dict[str, Tensor]:
         """The inverse of `fold`."""
-        return {name: weight / self._factor(name, weight, config) for name, weight in state.items()}
+        return self._scale(state, config, -1)
 
-    def _factor(self, name: str, weight: Tensor, config: MSDDraftConfig) -> Tensor | float:
+    def _scale(
+        self, state: dict[str, Tensor], config: MSDDraftConfig, exponent: int
+    ) -> dict[str, Tensor]:
+        found = dict(state)
+        for name, weight in state.items():
+            factor = self._factor(name, weight, config)
+            if factor is not None:
+                found[name] = weight * factor**exponent
+        return found
+
+    def _factor(self, name: str, weight: Tensor, config: MSDDraftConfig) -> Tensor | float | None:
         if name == "fc.weight":
             of_input = torch.ones(weight.shape[1], device=weight.device)
             of_input[: config.hidden_size] = self.hidden / self.embeds
@@ -73,7 +83,7 @@ class Units:
         reads_raw = name.startswith("layers.0.self_attn.") and not config.input_norm
         if reads_raw and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             return 1 / self.hidden
-        return 1.0  # behind a norm, or a norm
+        return None  # behind a norm, a norm, or no weight at all
 
 
 def _power_of_two(size: float) -> float:
