@@ -70,7 +70,7 @@ def card(target: str, table: dict | None, **changes: str) -> str:
         "versions": {"vllm-msd": "0.1", "torch": "2"},
         "data": [{"file": "t.json", "records": 3, "sha256": "ab" * 32}],
     }  # fmt: skip
-    return model_card.model_card("mine", config(target), note, settings, table)
+    return model_card.model_card(config(target), note, settings, table)
 
 
 def test_card_says_target_data_settings_acceptance_and_how_to_serve():

@@ -19,7 +19,6 @@ _SHOWN = (
 
 
 def model_card(
-    name: str,
     config: MSDDraftConfig,
     note: dict[str, Any],
     settings: TrainSettings,
@@ -28,7 +27,7 @@ def model_card(
     """The card's text.
 
     Args:
-        name: of the draft. config: its config.
+        config: of the draft.
         note: its provenance, with ``steps``, ``minutes``, ``data``, ``machine`` and ``versions``.
         settings: of the run.
         table: figures on held-out records (see `acceptance.summary`), or None.
@@ -47,7 +46,7 @@ def model_card(
     machine = note["machine"]
     place = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
     return "\n".join([
-        *front, "", f"# {name}", "",
+        *front, "", f"# MSD draft for {shown_target}", "",
         f"A draft for Multimodal Speculative Decoding (arXiv 2505.14260) of `{shown_target}`. It",
         "guesses next tokens, which the target checks: the output stays the target's own.", "",
         "## Serve", "", "With the vllm-msd plugin installed:", "", "```bash",
@@ -83,7 +82,8 @@ def acceptance_section(table: dict[str, Any] | None) -> str:
     for kind, row in rows.items():
         shares = [f"{share:.2f}" for share in row["accepted_at_depth"]]
         cells = [f"{row['acceptance_length']:.2f}", *shares, *["0.00"] * (depth - len(shares))]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        name = kind.replace("|", "\\|")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{table['all']['verifications']} verifications.", _END])
 
 

@@ -197,8 +197,7 @@ class Results:
             "outcome": outcome,
         }
         write_json(folder / "provenance.json", content)
-        title = f"{self.folder.folder.resolve().name}, a draft"
-        card = model_card.model_card(title, config, content, self.settings, table)
+        card = model_card.model_card(config, content, self.settings, table)
         write_text(folder / model_card.CARD, card)
 
     def _weights(self, objective: torch.nn.Module) -> dict[str, Tensor]:
