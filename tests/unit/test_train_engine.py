@@ -139,8 +139,13 @@ def test_training_lowers_the_loss_and_writes_a_draft(setting):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"micro_batch_size": 1}, {"gradient_checkpointing": True}],
-    ids=["micro-batches", "checkpointing"],
+    [
+        {"micro_batch_size": 1},
+        {"gradient_checkpointing": True},
+        {"packing": True},
+        {"packing": True, "gradient_checkpointing": True},
+    ],
+    ids=["micro-batches", "checkpointing", "packing", "packing and checkpointing"],
 )
 def test_split_of_the_work_changes_no_loss(setting, changes):
     assert setting("-".join(changes), **changes) == pytest.approx(setting.expected, rel=1e-4)

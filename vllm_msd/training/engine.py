@@ -286,15 +286,16 @@ class Trainer:
             with window.phase("target", self.device), self.autocast:
                 features = self.inputs.features(examples, known)
             tokens += int(features.lengths.sum())
-            places += features.input_ids.numel()
             is_last = number == len(micro)
             with window.phase("draft", self.device):
                 # Gradients meet once, on the last micro-batch.
                 apart = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
                 with apart:
                     parts = self.inputs.of_draft(features, examples, data.step)
+                    inputs, hidden, mask, segments = parts
+                    places += mask.numel()
                     with self.autocast:
-                        loss, figures = self.objective(*parts, self.head)
+                        loss, figures = self.objective(inputs, hidden, mask, self.head, segments)
                     # Averaging over processes divides by their number once more.
                     self.accelerator.backward(loss * (self.world / (count + EPSILON)))
                 sums += figures

@@ -8,6 +8,7 @@ from vllm_msd.training import rows
 from vllm_msd.training.data.batches import Example, collate
 from vllm_msd.training.data.plan import seeded
 from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
+from vllm_msd.training.packing import pack
 from vllm_msd.training.settings import TrainSettings
 from vllm_msd.training.targets import Features, Target
 from vllm_msd.training.units import Units
@@ -68,8 +69,9 @@ class DraftInputs:
 
     def of_draft(
         self, features: Features, examples: list[Example], step: int
-    ) -> tuple[DraftRows, Tensor, Tensor]:
-        """The draft's rows, the target's hidden states ``[B, S, H]``, and the rows that count."""
+    ) -> tuple[DraftRows, Tensor, Tensor, Tensor | None]:
+        """The draft's rows, the target's hidden states ``[B, S, H]``, the rows that count, and
+        the segments of packed rows (see `packing`)."""
         s = self.settings
         inputs = self.units.scaled(rows.draft_rows(features, self.target.embed, s.visual_rows))
         if s.noise:
@@ -81,7 +83,10 @@ class DraftInputs:
             ]
             inputs = rows.with_noise(inputs, features.lengths, s.noise, generators)
         mask = self._counted(features.answer_mask, features.lengths)
-        return inputs, features.hidden.float() / self.units.hidden, mask
+        hidden = features.hidden.float() / self.units.hidden
+        if s.packing:
+            return pack(inputs, hidden, mask, features.lengths.tolist())
+        return inputs, hidden, mask, None
 
     def _counted(self, answer_mask: Tensor, lengths: Tensor) -> Tensor:
         if self.settings.reference_mask:

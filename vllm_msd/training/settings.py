@@ -163,6 +163,12 @@ class TrainSettings:
     resume: bool = _setting(False, "run", "go on from the newest checkpoint in --output", free=True)
     device: str = _setting("auto", "run", "where to compute", ("auto", "cpu"), free=True)
     workers: int = _setting(0, "run", "processes that prepare records", least=0, free=True)
+    packing: bool = _setting(
+        False,
+        "run",
+        "put short records of a micro-batch into one row of the draft's batch",
+        free=True,
+    )
     length_pool: int = _setting(
         8, "run", "steps whose records are sorted by length together, against padding", least=1
     )
