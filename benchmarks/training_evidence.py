@@ -15,7 +15,8 @@ published-ramp   text only for half of the run, then a ramp up to its end, as pu
 text-only        no multimodal record
 multimodal-only  no text record
 mixed            the ramp's mean share from the first step on
-three-step       trained over three drafting steps, which goes beyond the paper
+three-step       trained over three drafting steps, which goes beyond the paper; so are
+                 three-step-coupled, three-step-dropped, and kl and lk, which have another loss
 
 Acceptance is counted twice on held-out questions, five drafted tokens a verification: by `vllm-msd
 eval`, and in vLLM by its own counters (but for `dropped`, which vLLM cannot serve). What is done
@@ -50,12 +51,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "multimodal-only": {"curriculum": "multimodal"},
     "mixed": {"curriculum": "mixed"},
     "three-step": {"draft_steps": 3},
+    "three-step-coupled": {"draft_steps": 3, "visual_rows": "coupled"},
+    "three-step-dropped": {"draft_steps": 3, "visual_rows": "dropped"},
+    "kl": {"draft_steps": 3, "loss": "kl"},
+    "lk": {"draft_steps": 3, "loss": "lk"},
 }
 # The comparisons that are drawn: its title and its variants.
 COMPARISONS = {
     "Visual rows": [BASE, "coupled", "dropped"],
     "Curriculum": [BASE, "published-ramp", "text-only", "multimodal-only", "mixed"],
     "Drafting steps in training": [BASE, "three-step"],
+    "Visual rows, three steps": ["three-step", "three-step-coupled", "three-step-dropped"],
+    "Loss, three steps": ["three-step", "kl", "lk"],
 }
 NUM_SPECULATIVE_TOKENS = 5
 DATA_SEED, HELD_OUT_SEED = 5, 70_000  # of the world's samplers, in splits of their own
@@ -317,10 +324,13 @@ def draw(table: dict[str, Any], path: Path) -> None:
     """Draw the comparisons: means as bars, seeds as dots, and acceptance by depth."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    panels = figure.subplots(2, 2).flatten()
-    for axes, (title, names) in zip(panels, COMPARISONS.items(), strict=False):
+    figure = Figure(figsize=(19, 8), layout="constrained")
+    *panels, depths = figure.subplots(2, 3).flatten()
+    for axes, (title, names) in zip(panels, COMPARISONS.items(), strict=True):
         names = [name for name in names if name in table]
+        if not names:
+            axes.axis("off")
+            continue
         kinds = list(lengths_of(table, names[0]))
         width = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -337,7 +347,6 @@ def draw(table: dict[str, Any], path: Path) -> None:
         axes.set_title(title)
         axes.legend(fontsize="small", ncols=3, loc="upper left")
         axes.grid(axis="y", alpha=0.3)
-    depths = panels[3]
     for name, ways in table.items():
         rows = ways.get("vllm", ways["eval"])["at_depth"]
         means = [statistics.mean(column) for column in zip(*rows, strict=True)]

@@ -139,11 +139,24 @@ def test_training_lowers_the_loss_and_writes_a_draft(setting):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"micro_batch_size": 1}, {"gradient_checkpointing": True}],
-    ids=["micro-batches", "checkpointing"],
+    [
+        {"micro_batch_size": 1},
+        {"gradient_checkpointing": True},
+        {"packing": True},
+        {"packing": True, "gradient_checkpointing": True},
+    ],
+    ids=["micro-batches", "checkpointing", "packing", "packing and checkpointing"],
 )
 def test_split_of_the_work_changes_no_loss(setting, changes):
     assert setting("-".join(changes), **changes) == pytest.approx(setting.expected, rel=1e-4)
+
+
+def test_split_of_the_work_changes_no_lk_loss(setting):
+    whole = setting("lk", loss="lk")
+    assert setting("lk-micro", loss="lk", micro_batch_size=1) == pytest.approx(whole, rel=1e-4)
+    assert whole != pytest.approx(setting.expected, rel=0.1)
+    row = json.loads((setting.folder / "lk" / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 < row["acceptance"][0] < 1 and 0 <= row["padding"] < 1
 
 
 @pytest.mark.long

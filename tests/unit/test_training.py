@@ -6,6 +6,7 @@ import torch
 from vllm_msd.draft import DraftRows, MSDDraft, MSDDraftConfig
 from vllm_msd.training.curriculum import visual_ratio
 from vllm_msd.training.losses import draft_loss
+from vllm_msd.training.packing import bins, pack
 from vllm_msd.training.rows import drafted_rows, with_noise
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
 
@@ -118,6 +119,30 @@ def test_unrolling_from_a_row_on_changes_nothing_there(draft, first):
     for whole, part in zip(everywhere, late, strict=True):
         assert torch.allclose(whole[:, first:], part[:, first:], atol=1e-5)
     assert not late[-1][:, : max(0, first - 2)].any()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_packed_records_have_the_outputs_of_padded_ones(draft, steps):
+    torch.manual_seed(2)
+    lengths = [12, 5, 7, 4]
+    rows = _rows(4, 12)
+    real = torch.arange(12) < torch.tensor(lengths)[:, None]
+    rows = rows._replace(attention_mask=real, visual_mask=rows.visual_mask & real)
+    mask = real & (torch.arange(12) >= 2) & (torch.arange(12) < torch.tensor(lengths)[:, None] - 1)
+    packed, hidden, counted, segments = pack(rows, rows.hidden_states, mask, lengths)
+    assert segments.tolist()[0] == [1] * 12
+    assert segments.tolist()[1] == [1] * 7 + [2] * 5
+    assert segments.tolist()[2] == [1] * 4 + [0] * 8
+    assert bins(lengths, 12) == [[0], [2, 1], [3]]
+    with torch.no_grad():
+        padded = unroll(draft, rows, steps)
+        found = unroll(draft, packed, steps, segments=segments)
+        loose = unroll(draft, packed, steps)  # records that see each other
+    order = torch.tensor([0, 2, 1, 3])
+    for want, got in zip(padded, found, strict=True):
+        assert torch.allclose(want[order][mask[order]], got[counted], atol=1e-5)
+    assert torch.equal(rows.hidden_states[order][mask[order]], hidden[counted])
+    assert not torch.allclose(padded[0][order][mask[order]], loose[0][counted], atol=1e-3)
 
 
 def test_unrolled_gradients_are_finite_with_padding(draft):

@@ -25,6 +25,9 @@ _TRAIN_EXAMPLES = """examples:
   on eight GPUs:
     torchrun --nproc-per-node 8 -m vllm_msd.cli.main train --config run.yaml
 
+  what it would take, before anything is loaded:
+    vllm-msd train --config run.yaml --dry-run
+
   going on after a kill:
     vllm-msd train --config run.yaml --resume
 """
@@ -67,6 +70,11 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--config", type=Path, metavar="YAML", help="settings in a file")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what the run would take: memory, steps, time, mix of data",
+    )
     add_flags(train)
     train.set_defaults(func=run_train)
 
@@ -117,6 +125,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         metavar="SIZE",
         help="also try draft vocabularies of these sizes, chosen by the data's other records",
     )
+    evaluate.add_argument(
+        "--write",
+        action="store_true",
+        help="put the acceptance profile into the draft's config, where serving looks for it, and "
+        "the figures into its model card",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     evaluate.set_defaults(func=run_eval)
 
@@ -127,6 +141,8 @@ def run_train(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k in TrainSettings.__dataclass_fields__}
     values = read_yaml(args.config) if args.config else {}
     settings = TrainSettings(**{**values, **given})
+    if args.dry_run:
+        return _dry_run(settings)
     from vllm_msd.training import engine
 
     outcome = engine.train(settings)
@@ -142,6 +158,19 @@ def run_train(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(json.dumps({"draft": str(output / "best"), **outcome}))
+    return 0
+
+
+def _dry_run(settings: TrainSettings) -> int:
+    import torch
+
+    from vllm_msd.training import dry_run
+
+    found = dry_run.estimate(settings)
+    is_gpu = settings.device == "auto" and torch.cuda.is_available()
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    speed = dry_run.matrix_speed(torch.device("cuda" if is_gpu else "cpu"), dtype)
+    print(dry_run.describe(settings, found, speed))
     return 0
 
 
@@ -168,6 +197,7 @@ def run_eval(args: argparse.Namespace) -> int:
         device=args.device,
         visual_rows=args.visual_rows,
         draft_vocab=args.draft_vocab,
+        write=args.write,
     )
     print(_table(figures))
     if args.json:

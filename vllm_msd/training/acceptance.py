@@ -20,6 +20,7 @@ from vllm_msd.training.data.index import BadRecord, RecordFile
 from vllm_msd.training.data.records import BadRecordError
 from vllm_msd.training.data.render import Rendered, Renderer
 from vllm_msd.training.losses import CHUNK_LOGITS
+from vllm_msd.training.profile import NodeCounts, acceptance_profile
 from vllm_msd.training.rows import draft_rows
 from vllm_msd.training.targets import Features, Target
 from vllm_msd.training.unroll import ChainCount, replay_chains, unroll
@@ -51,11 +52,13 @@ class Figures:
     """What was counted for one kind of work.
 
     right, rows: by drafting step, guesses that were the target's choice, of how many.
+    nodes: drafted tokens of chains by their path probability.
     """
 
     count: ChainCount = field(default_factory=ChainCount)
     right: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    nodes: NodeCounts = field(default_factory=NodeCounts)
 
     def join(self, other: "Figures") -> None:
         """Add another's counts."""
@@ -63,6 +66,7 @@ class Figures:
         self.count.accepted_at = _sums(self.count.accepted_at, other.count.accepted_at)
         self.right = _sums(self.right, other.right)
         self.rows = _sums(self.rows, other.rows)
+        self.nodes.join(other.nodes)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: acceptance length, and rates by depth."""
@@ -179,11 +183,15 @@ def chain_acceptance(
         batch, rows = _rows(target, chunk, visual_rows, seen)
         truth = batch.input_ids.roll(-2, 1)
         outputs = unroll(draft, rows, steps)
-        matches = torch.stack([_choice(head, ids, out) == truth for out in outputs]).cpu()
+        choices = [_choice(head, ids, out) for out in outputs]
+        matches = torch.stack([tokens == truth for tokens, _ in choices]).cpu()
+        sure = torch.stack([probability for _, probability in choices]).cpu()
         for row, reply in enumerate(chunk):
             figures = found[reply.kind]
             own = matches[:, row]
-            replay_chains(own, reply.start, reply.end, figures.count, len(reply.talk.input_ids) - 1)
+            last = len(reply.talk.input_ids) - 1
+            chains = replay_chains(own, reply.start, reply.end, figures.count, last)
+            _count_nodes(figures.nodes, sure[:, row], chains, last)
             # Step k + 1 at row j goes on from a chain that began k rows before.
             spans = [own[k, reply.start - 1 + k : reply.end - 1] for k in range(steps)]
             figures.right = _sums(figures.right, [int(s.sum()) for s in spans])
@@ -257,12 +265,34 @@ def _head(target: Target, draft: MSDDraft) -> Tensor:
     return target.head if draft.token_ids is None else target.head[draft.token_ids]
 
 
-def _choice(head: Tensor, token_ids: Tensor | None, out: Tensor) -> Tensor:
-    """The token that a head finds best on a draft's outputs ``[B, S, H]``, by chunks of rows."""
+def _count_nodes(nodes: NodeCounts, sure: Tensor, chains: list[tuple[int, int]], last: int) -> None:
+    """Count the nodes of chains.
+
+    Behind a chain's first wrong token its probabilities are those of the text's tokens, which
+    `unroll` goes on with: an estimate of what the draft would think of its own.
+
+    Args:
+        sure: ``[K, S]`` the probability of the draft's choice.
+        chains: row of step 1 and accepted tokens of each.
+        last: position of the last known token; row j of any step guesses number j + 2.
+    """
+    for first, accepted in chains:
+        depths = range(min(len(sure), last - 1 - first))
+        path = torch.cumprod(torch.stack([sure[k, first + k] for k in depths]), 0)
+        for depth, probability in zip(depths, path.tolist(), strict=True):
+            nodes.add(probability, depth < accepted)
+
+
+def _choice(head: Tensor, token_ids: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The token that a head finds best on a draft's outputs ``[B, S, H]``, and its probability."""
     rows = out.flatten(0, 1).to(head.dtype)
-    chunks = rows.split(max(1, CHUNK_LOGITS // head.shape[0]))
-    best = torch.cat([torch.nn.functional.linear(chunk, head).argmax(-1) for chunk in chunks])
-    return (best if token_ids is None else token_ids[best]).view(out.shape[:2])
+    found = []
+    for chunk in rows.split(max(1, CHUNK_LOGITS // head.shape[0])):
+        logits = torch.nn.functional.linear(chunk, head).float()
+        best, place = logits.max(-1)
+        found.append((place, (best - logits.logsumexp(-1)).exp()))
+    places, sure = (torch.cat(parts).view(out.shape[:2]) for parts in zip(*found, strict=True))
+    return places if token_ids is None else token_ids[places], sure
 
 
 def merge(parts: Iterable[dict[str, Figures]]) -> dict[str, Figures]:
@@ -280,4 +310,8 @@ def summary(found: dict[str, Figures]) -> dict[str, Any]:
     for figures in found.values():
         everything.join(figures)
     kinds = {kind: found[kind].as_dict() for kind in sorted(found)}
-    return {"all": everything.as_dict(), "kinds": kinds}
+    count = everything.count
+    profile = acceptance_profile(count.verifications, count.accepted_at, everything.nodes)
+    # A tree's counts are not those of a chain.
+    known = {"profile": profile} if everything.rows and profile else {}
+    return {"all": everything.as_dict(), "kinds": kinds, **known}

@@ -1,10 +1,56 @@
-"""Figures of a run as they come (TensorBoard) and as one picture (`curves.png`)."""
+"""Figures of a run as they come (TensorBoard, or a tracker) and as one picture (`curves.png`)."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from accelerate import Accelerator
+
+from vllm_msd.errors import ConfigError
 from vllm_msd.storage import replacing
+
+PROJECT = "vllm-msd"
+
+
+class Reporter(Protocol):
+    """Where rows of the log go."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_report(name: str) -> None:
+    """Refuse a tracker whose package is missing, before anything is loaded.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if name != "none" and find_spec(name) is None:
+        raise ConfigError(
+            f"report_to: {name} is not installed. Install it (pip install {name}), or choose "
+            "another --report-to; log.jsonl and curves.png are written in any case."
+        )
+
+
+class Tracker:
+    """Writes rows of the log through one of accelerate's trackers, on the first process."""
+
+    def __init__(self, accelerator: Accelerator, settings: dict[str, Any]) -> None:
+        self._accelerator = accelerator
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        accelerator.init_trackers(PROJECT, plain)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add one row; lists become one curve per drafting step."""
+        self._accelerator.log(dict(_flat(row)), step=row["step"])
+
+    def close(self) -> None:
+        """Hand in what is left."""
+        # Not `end_training`, which also ends what the processes still meet by.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
 class Board:

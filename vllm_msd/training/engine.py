@@ -7,16 +7,16 @@ micro-batches, nor a kill and resume changes the losses beyond rounding.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -24,28 +24,30 @@ from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.draft.vocabulary import offsets_of
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.storage import check_folder
-from vllm_msd.training import rows
+from vllm_msd.training import curves
 from vllm_msd.training.data.batches import (
     Corpus,
-    Example,
     StepData,
     StepDataset,
-    collate,
 )
 from vllm_msd.training.data.index import RecordFile, image_roots
-from vllm_msd.training.data.plan import DataPlan, seeded, share_of_multimodal
-from vllm_msd.training.feature_cache import FeatureCache, stack, unstack
+from vllm_msd.training.data.plan import DataPlan, share_of_multimodal
+from vllm_msd.training.feature_cache import FeatureCache
 from vllm_msd.training.initial import draft_config, initial_draft
+from vllm_msd.training.inputs import DraftInputs
 from vllm_msd.training.losses import EPSILON
+from vllm_msd.training.measure import measure
 from vllm_msd.training.objective import DraftObjective, LossWeights
 from vllm_msd.training.results import Results
 from vllm_msd.training.run_files import RunFolder, describe_data
-from vllm_msd.training.settings import TrainSettings
-from vllm_msd.training.targets import Features, Target
+from vllm_msd.training.settings import TRACKERS, TrainSettings
+from vllm_msd.training.start import parameter_groups
+from vllm_msd.training.targets import Target
 from vllm_msd.training.vocabulary import training_vocabulary
-from vllm_msd.training.window import FIGURES, Window
+from vllm_msd.training.window import FIGURES, Window, not_learning
 
-_NOISE = 102  # a stream of random numbers beside those of the data
+# Fewer steps say nothing about whether a run learns.
+_STEPS_TO_JUDGE = 20
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -68,7 +70,11 @@ class Trainer:
     def __init__(self, settings: TrainSettings, target: Target | None = None) -> None:
         self.settings = settings
         self.folder = RunFolder(settings.output)
-        self.accelerator = Accelerator(cpu=settings.device == "cpu")
+        curves.check_report(settings.report_to)
+        self.accelerator = Accelerator(
+            cpu=settings.device == "cpu",
+            log_with=settings.report_to if settings.report_to in TRACKERS else None,
+        )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
@@ -100,6 +106,7 @@ class Trainer:
         self.steps = settings.steps or max(
             1, round(settings.epochs * sum(self.corpus.num_training) / settings.batch_size)
         )
+        self.warmup = min(settings.warmup_steps, max(1, self.steps // 10))
         self.plan = self._plan()
         self.cache = self._cache()
         self.dataset = StepDataset(
@@ -108,7 +115,7 @@ class Trainer:
         self._prepare_draft()
         self.results = Results(
             settings, self.folder, self.data, self.accelerator, self.target, self.renderer,
-            self.corpus, self.config,
+            self.corpus, self.config, self.units,
         )  # fmt: skip
 
     def _plan(self) -> DataPlan:
@@ -138,14 +145,17 @@ class Trainer:
             )
         if vocabulary is not None:
             self.config = replace(self.config, draft_vocab_size=len(vocabulary))
-        draft = initial_draft(self.target, self.config, s.init, s.seed)
+        # A resumed run's weights are in the units that it was started with.
+        known = self.folder.units() if s.resume else None
+        self.units, sample = measure(self.target, self.renderer, self.corpus, s, known)
+        draft = initial_draft(self.target, self.config, s.init, s.seed, self.units, sample)
         if vocabulary is not None:
             draft.d2t.copy_(offsets_of(vocabulary))
         weights = LossWeights(s.loss, s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
         optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            s.learning_rate,
+            parameter_groups(draft, sample),
+            self.rate(0),
             (0.9, 0.95),
             weight_decay=s.weight_decay,
             fused=True,
@@ -154,7 +164,9 @@ class Trainer:
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
         )
-        self.head = self.target.head.bfloat16() if s.precision == "bf16" else self.target.head
+        head = self.target.head * self.units.hidden
+        self.head = head.bfloat16() if s.precision == "bf16" else head
+        self.inputs = DraftInputs(s, self.target, self.cache, self.units, self.device)
 
     # The run ----------------------------------------------------------------------------------
 
@@ -171,7 +183,7 @@ class Trainer:
             dynamic_ncols=True,
         )  # fmt: skip
         figures: dict[str, Any] = results.last_figures()
-        stopped = False
+        stopped = warned = False
         self.objective.train()
         batches = iter(self._batches())
         while progress.step < self.steps and not stopped:
@@ -186,13 +198,20 @@ class Trainer:
             is_saving = is_last or progress.step % s.save_every == 0
             if is_saving or progress.step % s.log_every == 0:
                 figures = window.row(progress.step, self.rate(progress.step - 1), self.plan)
+                is_past_warmup = window.steps[0] >= max(self.warmup, _STEPS_TO_JUDGE)
                 window = Window(s.draft_steps)
                 results.log(figures)
+                if is_past_warmup and (is_last or not warned):
+                    warning = not_learning(figures, self.config.vocab_size)
+                    warned = warned or bool(warning)
+                    if warning and self.is_main:
+                        bar.write(warning, file=sys.stderr)
                 bar.set_postfix_str(
                     f"loss {figures['loss']:.3f}, agree {figures['agreement'][0]:.3f}, "
                     f"{figures['tokens_per_second']:.0f} tok/s"
                 )
-            if s.eval_records and (is_last or progress.step % s.eval_every == 0):
+            is_early = progress.step in (s.eval_every // 20, s.eval_every // 4)
+            if s.eval_records and (is_last or is_early or progress.step % s.eval_every == 0):
                 figures |= results.evaluate(self.objective)
             if is_saving:
                 if self.cache is not None:
@@ -213,6 +232,7 @@ class Trainer:
                     "settings": self.settings.as_dict(),
                     "data": self.data,
                     "target": self.target.identity(),
+                    "units": asdict(self.units),
                 }
                 self.folder.start(about, self.corpus.bad)
         self.accelerator.wait_for_everyone()
@@ -240,12 +260,12 @@ class Trainer:
     def rate(self, step: int) -> float:
         """The learning rate at a step, from 0."""
         s = self.settings
-        warmup = min(s.warmup_steps, max(1, self.steps // 2))
-        if step < warmup:
-            return s.learning_rate * (step + 1) / warmup
-        past = (step - warmup) / max(1, self.steps - warmup)
+        highest = s.highest_rate(self.config.hidden_size)
+        if step < self.warmup:
+            return highest * (step + 1) / self.warmup
+        past = (step - self.warmup) / max(1, self.steps - self.warmup)
         factor = {"cosine": 0.5 * (1 + math.cos(math.pi * past)), "linear": 1 - past}
-        return s.learning_rate * factor.get(s.decay, 1.0)
+        return highest * factor.get(s.decay, 1.0)
 
     def train_step(self, data: StepData, window: Window, is_late: bool = False) -> bool:
         """One step; returns whether the first process wants to stop here."""
@@ -258,8 +278,8 @@ class Trainer:
         self.num_bad += len(fresh)
         size = s.micro_batch_size or len(data.examples)
         micro = [data.examples[i : i + size] for i in range(0, len(data.examples), size)]
-        cached = [self._cached(examples) for examples in micro]
-        count = sum(self._num_rows(*pair) for pair in zip(micro, cached, strict=True))
+        cached = [self.inputs.cached(examples) for examples in micro]
+        count = sum(self.inputs.num_rows(*pair) for pair in zip(micro, cached, strict=True))
         totals = torch.tensor(
             [count, self.num_bad, is_late and self.is_main], dtype=torch.float64,
             device=self.device,
@@ -267,20 +287,24 @@ class Trainer:
         count, num_bad, stop = self.accelerator.reduce(totals, "sum").tolist()
         self._check_bad(int(num_bad))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(data.step)
+            group["lr"] = self.rate(data.step) * group["factor"]
         sums = torch.zeros(len(FIGURES), s.draft_steps, device=self.device)
         loss_sum = torch.zeros((), device=self.device)
-        tokens = 0
+        tokens = places = 0
         for number, (examples, known) in enumerate(zip(micro, cached, strict=True), 1):
-            with window.phase("target", self.device):
-                features = self._features(examples, known)
+            with window.phase("target", self.device), self.autocast:
+                features = self.inputs.features(examples, known)
             tokens += int(features.lengths.sum())
             is_last = number == len(micro)
             with window.phase("draft", self.device):
                 # Gradients meet once, on the last micro-batch.
                 apart = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
                 with apart:
-                    loss, figures = self._loss(features, examples, data.step)
+                    parts = self.inputs.of_draft(features, examples, data.step)
+                    inputs, hidden, mask, segments = parts
+                    places += mask.numel()
+                    with self.autocast:
+                        loss, figures = self.objective(inputs, hidden, mask, self.head, segments)
                     # Averaging over processes divides by their number once more.
                     self.accelerator.backward(loss * (self.world / (count + EPSILON)))
                 sums += figures
@@ -289,64 +313,12 @@ class Trainer:
             norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        together = torch.cat([sums.flatten(), loss_sum[None], loss_sum.new_tensor([tokens])])
+        sizes = loss_sum.new_tensor([tokens, places])
+        together = torch.cat([sums.flatten(), loss_sum[None], sizes])
         together = self.accelerator.reduce(together, "sum")
-        *sums_list, loss_total, tokens_total = together.tolist()
-        window.add(data.step, sums_list, loss_total, count, tokens_total, float(norm))
+        *sums_list, loss_total, tokens, places = together.tolist()
+        window.add(data.step, sums_list, loss_total, count, tokens, places, float(norm))
         return bool(stop)
-
-    # Parts of a step --------------------------------------------------------------------------
-
-    def _cached(self, examples: list[Example]) -> list[dict[str, Tensor] | None]:
-        if self.cache is None:
-            return [None] * len(examples)
-        return [self.cache.get(e.key) if e.key in self.cache else None for e in examples]
-
-    def _num_rows(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> int:
-        total = 0
-        for example, record in zip(examples, known, strict=True):
-            answer = record["answer_mask"] if record else example.content.answer_mask
-            length = torch.tensor([len(answer)])
-            total += int(self._counted(answer[None], length).sum())
-        return total
-
-    def _counted(self, answer_mask: Tensor, lengths: Tensor) -> Tensor:
-        if self.settings.reference_mask:
-            return rows.reference_rows(answer_mask, lengths)
-        return rows.drafted_rows(answer_mask)
-
-    def _features(self, examples: list[Example], known: list[dict[str, Tensor] | None]) -> Features:
-        """Of a micro-batch: from the cache where it has them, else from the target."""
-        missing = [e for e, record in zip(examples, known, strict=True) if record is None]
-        if not missing:
-            return stack([r for r in known if r is not None], self.target.pad_id, self.device)
-        batch = collate([e.content for e in missing], self.target.pad_id).to(self.device)
-        with self.autocast:
-            found = self.target.features(batch)
-        if self.cache is None:
-            return found
-        new = dict(zip([e.key for e in missing], unstack(found), strict=True))
-        for key, record in new.items():
-            self.cache.put(key, record)
-        records = [record or new[e.key] for e, record in zip(examples, known, strict=True)]
-        return stack(records, self.target.pad_id, self.device)
-
-    def _loss(
-        self, features: Features, examples: list[Example], step: int
-    ) -> tuple[Tensor, Tensor]:
-        s = self.settings
-        inputs = rows.draft_rows(features, self.target.embed, s.visual_rows)
-        if s.noise:
-            generators = [
-                torch.Generator(self.device).manual_seed(
-                    int(seeded(s.seed, _NOISE, step, e.slot).integers(2**62))
-                )
-                for e in examples
-            ]
-            inputs = rows.with_noise(inputs, features.lengths, s.noise, generators)
-        mask = self._counted(features.answer_mask, features.lengths)
-        with self.autocast:
-            return self.objective(inputs, features.hidden.float(), mask, self.head)
 
     def _check_bad(self, count: int) -> None:
         limit = self.settings.max_bad_fraction * self.corpus.num_found

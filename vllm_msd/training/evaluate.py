@@ -10,10 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import check_draft_sizes, load_draft, with_vocabulary
-from vllm_msd.checkpoint.files import locate, read_json
+from vllm_msd.checkpoint.files import CONFIG, locate, read_json
 from vllm_msd.draft import MSDDraft, MSDDraftConfig
-from vllm_msd.errors import CheckpointError, DataError
+from vllm_msd.errors import CheckpointError, ConfigError, DataError
 from vllm_msd.provenance import provenance
+from vllm_msd.storage import check_folder, write_json
+from vllm_msd.training import model_card
 from vllm_msd.training.acceptance import (
     chain_acceptance,
     greedy_replies,
@@ -24,6 +26,7 @@ from vllm_msd.training.data.batches import kind_of
 from vllm_msd.training.data.index import RecordFile, image_roots
 from vllm_msd.training.data.render import Renderer
 from vllm_msd.training.initial import in_float
+from vllm_msd.training.profile import MIN_VERIFICATIONS
 from vllm_msd.training.settings import VISUAL_ROWS
 from vllm_msd.training.targets import Target
 from vllm_msd.training.vocabulary import check_size, choose, count_replies, covered, special_ids
@@ -46,6 +49,7 @@ def evaluate(
     device: str = "auto",
     visual_rows: str | None = None,
     draft_vocab: list[int] | None = None,
+    write: bool = False,
 ) -> dict[str, Any]:
     """Count what the target would accept of the draft on its own greedy replies.
 
@@ -61,19 +65,23 @@ def evaluate(
         visual_rows: how the draft treats them; None reads its provenance.
         draft_vocab: sizes of draft vocabularies to try. Their tokens are chosen by the replies in
             the data's other records, as `trim` chooses them.
+        write: put the acceptance profile into the draft's config (``msd_acceptance``) and the
+            figures into its model card, if it has one.
 
     Returns:
         ``all`` and ``kinds``: ``acceptance_length`` (the target's own token counted),
-        ``accepted_at_depth`` per verification, ``accuracy_at_depth`` per row (chains only), and
-        ``skipped``, records that could not be used. ``draft_vocab``: for each size the
-        ``acceptance_length``, its share ``accepted`` of the accepted tokens, and the share
-        ``covers`` of the target's replies.
+        ``accepted_at_depth`` per verification, ``accuracy_at_depth`` per row (chains only),
+        ``profile`` (chains only, see `profile.acceptance_profile`), and ``skipped``, records that
+        could not be used. ``draft_vocab``: for each size the ``acceptance_length``, its share
+        ``accepted`` of the accepted tokens, and the share ``covers`` of the target's replies.
 
     Raises:
         ConfigError, DataError, CheckpointError: what the user can mend.
     """
     tree = TreeConfig.from_settings(num_speculative_tokens, tree_depth, tree_top_k)
     folder = locate(draft)
+    if write:
+        _check_writable(folder, Path(draft), tree)
     config, state = load_draft(folder)
     if visual_rows is None:
         visual_rows = _trained_visual_rows(folder)
@@ -126,6 +134,8 @@ def evaluate(
         "target_dtype": target_dtype, "visual_rows": visual_rows,
     }  # fmt: skip
     skipped = [*(str(b) for f in files for b in f.bad), *map(str, bad)]
+    if write:
+        _write(folder, found)
     return {**provenance(**settings), **found, "draft_vocab": tried, "skipped": skipped}
 
 
@@ -154,6 +164,31 @@ def _vocabularies(
             renderer, files, target.text.vocab_size, report=bar.update, records=rest
         )
     return [choose(counts.counted + counts.held_out, special, size) for size in sizes]
+
+
+def _check_writable(folder: Path, given: Path, tree: TreeConfig) -> None:
+    """Refuse `write` where its figures have no place, before anything is counted."""
+    if not tree.is_chain:
+        raise ConfigError("write: a profile is counted on chains. Leave the tree's sizes out.")
+    if not given.expanduser().is_dir():
+        raise ConfigError(f"write: got {given}, expected a folder. Fetch the draft into one first.")
+    if read_json(folder / CONFIG).get("model_type") != "msd":
+        raise ConfigError(
+            f"write: {folder} is in a published layout, whose config has no place for a profile. "
+            "`vllm-msd convert` makes a folder that has."
+        )
+    check_folder(folder, "write")
+
+
+def _write(folder: Path, table: dict[str, Any]) -> None:
+    if "profile" not in table:
+        raise DataError(
+            f"write: got {table['all']['verifications']} verifications, expected at least "
+            f"{MIN_VERIFICATIONS} for a profile. Give more --records. Nothing was written."
+        )
+    raw = read_json(folder / CONFIG)
+    write_json(folder / CONFIG, {**raw, "msd_acceptance": table["profile"]})
+    model_card.write_acceptance(folder, table)
 
 
 def _trained_visual_rows(folder: Path) -> str:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,21 +10,18 @@ from torch import Tensor
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.checkpoint.weights import EMBEDDING
 from vllm_msd.draft import MSDDraft, MSDDraftConfig, TargetInfo
-from vllm_msd.draft.layers import DecoderLayer
 from vllm_msd.draft.vocabulary import OFFSETS
 from vllm_msd.errors import CheckpointError, ConfigError
+from vllm_msd.training.start import Sample, fit_fusion, open_heads_for_images, quiet_branches
 from vllm_msd.training.targets import Target
+from vllm_msd.training.units import Units
 
 # What a draft's layer takes over from the target's language model.
 _SHAPES = (
     "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
-# How much larger than text rows visual rows are taken to be.
-VISUAL_SCALE = 8.0
-# The copied layer was made for the target's residual stream, which is many times larger than the
-# normed hidden states that the draft reads and writes.
-RESIDUAL_SCALE = 0.01
+_BEHIND_INPUT_NORM = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
 def draft_config(
@@ -76,57 +72,51 @@ def draft_config(
     )
 
 
-def initial_draft(target: Target, config: MSDDraftConfig, init: str, seed: int) -> MSDDraft:
-    """A draft in float32 on the CPU.
+def initial_draft(
+    target: Target, config: MSDDraftConfig, init: str, seed: int, units: Units, sample: Sample
+) -> MSDDraft:
+    """A draft in float32 in the given units, where the sample lies.
 
     Args:
         target: what it is to draft for.
         config: its shapes.
-        init: ``target``: the fusion layer passes the hidden state on, and the first layer starts as
-            a copy of the target's last one that adds little to it. ``random``: PyTorch's own start.
+        init: ``target``: the fusion layer is fitted to the sample, and the first layer starts as a
+            copy of the target's last one that adds little to it. ``random``: PyTorch's own start.
             Else the folder of a draft to go on from.
         seed: of what is random.
+        units: that it is trained in.
+        sample: measured on the target's first records.
 
     Raises:
         ConfigError: the draft to go on from has other shapes.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        draft = MSDDraft(config)
-        if init == "random":
-            return draft
-        if init != "target":
-            return _loaded(draft, init)
-        last = target.last_layer.state_dict()
-        state = draft.state_dict()
-        for name in state:
-            source = last.get(name.removeprefix("layers.0."))
-            if source is not None and source.shape == state[name].shape:
-                state[name] = source.float().cpu().clone()
-            elif name.endswith("_proj.bias"):
-                state[name] = torch.zeros_like(state[name])
-        draft.load_state_dict(state)
-        with torch.no_grad():
-            draft.fc.weight[:, config.hidden_size :] += torch.eye(config.hidden_size)
-            first = first_layer(draft)
-            for output in (first.self_attn.o_proj, first.mlp.down_proj):
-                output.weight *= RESIDUAL_SCALE
+        draft = MSDDraft(units.config(config))
+        if init not in ("target", "random"):
+            state = units.unfold(_weights_of(config, init), config)
+            draft.load_state_dict({**draft.state_dict(), **state})
+        elif init == "target":
+            _copy_last_layer(draft, target)
             if not config.input_norm:
-                open_heads_for_images(draft)
+                open_heads_for_images(draft, sample)
+        draft.to(sample.inputs.device)
+        if init == "target":
+            fit_fusion(draft, sample, target.head.float() * units.hidden)
+            quiet_branches(draft, sample)
     return draft
 
 
-def _loaded(draft: MSDDraft, folder: str) -> MSDDraft:
-    config, weights = load_draft(folder)
-    state = in_float(weights)
-    state.pop(OFFSETS, None)  # which tokens it proposes is the run's setting
-    if config.weight_shapes() != draft.config.weight_shapes():
+def _weights_of(config: MSDDraftConfig, folder: str) -> dict[str, Tensor]:
+    other, weights = load_draft(folder)
+    if other.weight_shapes() != config.weight_shapes():
         raise ConfigError(
             f"init: the draft {folder} has other shapes than one for this target. Give another "
             "draft, or start from the target (--init target)."
         )
-    draft.load_state_dict({**draft.state_dict(), **state})
-    return draft
+    state = in_float(weights)
+    state.pop(OFFSETS, None)  # which tokens it proposes is the run's setting
+    return state
 
 
 def in_float(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,27 +128,22 @@ def in_float(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def open_heads_for_images(draft: MSDDraft) -> None:
-    """Start the second half of the first layer's heads anew, with small keys and values.
+def _copy_last_layer(draft: MSDDraft, target: Target) -> None:
+    """The target's last decoder layer, as far as the draft's first one has such weights.
 
-    Visual rows enter raw and, without an input norm, many times larger than text rows (ten times
-    in the demo pair). With copied weights their attention logits are huge, the first steps shut
-    them out, and a soft-max that gives them nothing never lets them back in.
+    Where the draft has no input norm, its weight goes into the projections behind it.
     """
-    attention = first_layer(draft).self_attn
-    half = attention.q_proj.out_features // 2
-    if half % attention.head_dim or attention.k_proj.out_features != 2 * half:
-        return  # grouped keys belong to copied heads as well
-    std = attention.q_proj.in_features**-0.5
-    attention.q_proj.weight[half:].normal_(0.0, std)
-    attention.k_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
-    attention.v_proj.weight[half:].normal_(0.0, std / VISUAL_SCALE)
-    attention.o_proj.weight[:, half:].normal_(0.0, 0.5 * std)
-
-
-def first_layer(draft: MSDDraft) -> DecoderLayer:
-    """The draft's first decoder layer."""
-    return cast(DecoderLayer, draft.layers[0])
+    last = target.last_layer.state_dict()
+    state = draft.state_dict()
+    for name in state:
+        source = last.get(name.removeprefix("layers.0."))
+        if source is not None and source.shape == state[name].shape:
+            state[name] = source.float().cpu().clone()
+            if not draft.config.input_norm and name.endswith(_BEHIND_INPUT_NORM):
+                state[name] *= last["input_layernorm.weight"].float().cpu()
+        elif name.endswith("_proj.bias"):
+            state[name] = torch.zeros_like(state[name])
+    draft.load_state_dict(state)
 
 
 def _absolute(name: str) -> str:

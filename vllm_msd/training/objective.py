@@ -48,7 +48,12 @@ class DraftObjective(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(
-        self, rows: DraftRows, hidden: Tensor, mask: Tensor, head: Tensor
+        self,
+        rows: DraftRows,
+        hidden: Tensor,
+        mask: Tensor,
+        head: Tensor,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sums over the rows that count.
 
@@ -57,6 +62,7 @@ class DraftObjective(nn.Module):
             hidden: ``[B, S, H]`` the target's hidden states; row j should give number j + 1.
             mask: ``[B, S]`` bool, rows that count. Never the last one.
             head: ``[V, H]`` the target's head.
+            segments: of packed rows (see `packing`).
 
         Returns:
             The weighted loss's sum, and float32 ``[4, K]`` without gradient: by drafting step the
@@ -66,7 +72,7 @@ class DraftObjective(nn.Module):
         wanted = hidden[:, 1:][mask[:, :-1]]
         counted = mask.any(0).nonzero()
         first = int(counted[0]) if len(counted) else 0
-        outputs = unroll(self.draft, rows, self.steps, self.checkpointing, first)
+        outputs = unroll(self.draft, rows, self.steps, self.checkpointing, first, segments)
         predicted = torch.stack([out[mask] for out in outputs])
         weights = self.weights
         regression = row_distances(predicted, wanted).sum(1)

@@ -2,25 +2,35 @@
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from vllm_msd.checkpoint import save_draft
 from vllm_msd.draft import MSDDraft, MSDDraftConfig
 from vllm_msd.errors import CheckpointError
 from vllm_msd.provenance import provenance
-from vllm_msd.storage import PARTIAL, commit_folder, remove, storage_errors, write_json
-from vllm_msd.training import acceptance, curves
+from vllm_msd.storage import (
+    PARTIAL,
+    commit_folder,
+    remove,
+    storage_errors,
+    write_json,
+    write_text,
+)
+from vllm_msd.training import acceptance, curves, model_card
 from vllm_msd.training.data.batches import Corpus
 from vllm_msd.training.data.render import Renderer
 from vllm_msd.training.run_files import RunFolder
 from vllm_msd.training.settings import TrainSettings
 from vllm_msd.training.targets import Target
+from vllm_msd.training.units import Units
 
 _GO_ON = "Mend that, then go on with --resume."
 
@@ -30,11 +40,13 @@ class Progress:
     """How far a run is; kept with each checkpoint.
 
     step: steps done. best: acceptance length of the best draft so far. seconds: trained.
+    table: figures of the last evaluation.
     """
 
     step: int = 0
     best: float = 0.0
     seconds: float = 0.0
+    table: dict[str, Any] | None = None
 
 
 class Results:
@@ -44,7 +56,7 @@ class Results:
         settings, folder: of the run. data: what is kept about its files.
         accelerator: holds objective and optimizer.
         target, renderer, corpus: what held-out records are answered and rendered with.
-        config: of the draft.
+        config: of the draft. units: that it is trained in.
     """
 
     def __init__(
@@ -57,29 +69,35 @@ class Results:
         renderer: Renderer,
         corpus: Corpus,
         config: MSDDraftConfig,
+        units: Units,
     ) -> None:
         self.settings, self.folder, self.data = settings, folder, data
         self.accelerator, self.target, self.renderer = accelerator, target, renderer
-        self.corpus, self.config = corpus, config
+        self.corpus, self.config, self.units = corpus, config, units
         self.is_main = accelerator.is_main_process
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.progress = Progress()
         self.replies: list[acceptance.Reply] | None = None
-        self.board: curves.Board | None = None
+        self.report: curves.Reporter | None = None
 
     def open(self) -> None:
         """Begin to log at the step the run is at."""
         if self.is_main:
             self.folder.cut_log(self.progress.step)
-            with storage_errors(self.folder.folder, advice=_GO_ON):
-                self.board = curves.Board(self.folder.folder / "tensorboard", self.progress.step)
+            name, folder = self.settings.report_to, self.folder.folder
+            with storage_errors(folder, advice=_GO_ON):
+                if name == "tensorboard":
+                    self.report = curves.Board(folder / name, self.progress.step)
+                elif name != "none":
+                    self.report = curves.Tracker(self.accelerator, self.settings.as_dict())
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a row of figures to the log."""
-        if self.board is not None:  # the first process's
+        if self.is_main:
             self.folder.write_log(row)
+        if self.report is not None:  # the first process's
             with storage_errors(self.folder.folder, advice=_GO_ON):
-                self.board.write(row)
+                self.report.write(row)
 
     def last_figures(self) -> dict[str, Any]:
         """Figures of the step a resumed run is at, so that one that was done says the same."""
@@ -90,8 +108,7 @@ class Results:
     def evaluate(self, objective: torch.nn.Module) -> dict[str, Any]:
         """Acceptance length on held-out records; keeps the draft if it is the best so far."""
         s = self.settings
-        draft: MSDDraft = self.accelerator.unwrap_model(objective).draft
-        draft.eval()
+        draft = MSDDraft.from_state_dict(self.config, self._weights(objective)).eval()
         if self.replies is None:
             mine = self.corpus.held_out()[self.rank :: self.world]
             self.replies, bad = acceptance.greedy_replies(
@@ -102,9 +119,8 @@ class Results:
         found = acceptance.chain_acceptance(
             self.target, draft, self.replies, s.eval_depth, s.visual_rows
         )
-        draft.train()
         parts = gather_object([found]) if self.world > 1 else [found]
-        table = acceptance.summary(acceptance.merge(parts))
+        table = self.progress.table = acceptance.summary(acceptance.merge(parts))
         lengths = {kind: f["acceptance_length"] for kind, f in table["kinds"].items()}
         lengths["all"] = table["all"]["acceptance_length"]  # whatever a record calls its kind
         row = {
@@ -160,16 +176,18 @@ class Results:
             )
 
     def export(self, name: str, objective: torch.nn.Module, outcome: dict[str, Any]) -> None:
-        """Write the draft as it is served."""
-        state = self.accelerator.get_state_dict(objective)
+        """Write the draft as it is served, with its provenance and model card."""
+        weights = {
+            name: x.bfloat16() if x.is_floating_point() else x
+            for name, x in self._weights(objective).items()
+        }
         if not self.is_main:
             return
-        weights = {
-            name.removeprefix("draft."): x.detach().bfloat16() if x.is_floating_point() else x
-            for name, x in state.items()
-        }
         folder = self.folder.folder / name
-        save_draft(folder, self.config, weights)
+        table = self.progress.table
+        profile = table.get("profile") if table else None
+        config = replace(self.config, msd_acceptance=profile)
+        save_draft(folder, config, weights)
         content = {
             "what": "draft",
             **provenance(**self.settings.as_dict()),
@@ -182,12 +200,25 @@ class Results:
             "outcome": outcome,
         }
         write_json(folder / "provenance.json", content)
+        card = model_card.model_card(config, content, self.settings, table)
+        write_text(folder / model_card.CARD, card)
+
+    def _weights(self, objective: torch.nn.Module) -> dict[str, Tensor]:
+        """The draft's weights as it is served, float32."""
+        if self.accelerator.is_fsdp2:
+            # accelerate gathers on the first process alone, and all of them evaluate.
+            options = StateDictOptions(full_state_dict=True)
+            state: dict[str, Any] = get_model_state_dict(objective, options=options)
+        else:
+            state = self.accelerator.get_state_dict(objective)
+        state = {name.removeprefix("draft."): x.detach() for name, x in state.items()}
+        return self.units.fold(state, self.config)
 
     def finish(self, objective: torch.nn.Module, figures: dict[str, Any]) -> None:
         """Write the last draft, which is the best one where none was evaluated."""
         self.export("last", objective, figures)
-        if self.board is not None:
-            self.board.close()
+        if self.report is not None:
+            self.report.close()
         if self.is_main:
             self._keep_a_best(self.folder.folder / "last", self.folder.folder / "best")
         self.accelerator.wait_for_everyone()

@@ -25,6 +25,7 @@ from vllm_msd.storage import (
 )
 from vllm_msd.training.data.index import BadRecord, RecordFile
 from vllm_msd.training.settings import TrainSettings
+from vllm_msd.training.units import Units
 
 _STEP = "step-{:08d}"
 _WRITTEN = ("run.json", "log.jsonl", "skipped.jsonl", "curves.png", "best", "last")
@@ -77,6 +78,19 @@ class RunFolder:
                 f"resume: {', '.join(changed)} changed since the run was started. Put back what "
                 "it was, or start a new run in another folder."
             )
+
+    def units(self) -> Units:
+        """What the run's weights are measured in.
+
+        Raises:
+            ConfigError: the run was started by another version, or its notes are damaged.
+        """
+        try:
+            return Units(**{name: float(size) for name, size in self._about()["units"].items()})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"resume: {self.about} names no units to train in. {_ANOTHER}"
+            ) from error
 
     def _about(self) -> dict[str, Any]:
         with storage_errors(self.about, "read", _ANOTHER):

@@ -19,6 +19,12 @@ from vllm_msd.storage import storage_errors
 CURRICULA = ("two-stage", "text", "multimodal", "mixed")
 VISUAL_ROWS = ("decoupled", "coupled", "dropped")
 LOSSES = ("msd", "kl", "lk")
+# Where figures go besides log.jsonl: a folder of the run, or a tracker of accelerate.
+TRACKERS = ("wandb", "trackio", "mlflow")
+REPORTS = ("tensorboard", *TRACKERS, "none")
+
+# In a draft's units (see `units`) this suits widths from 128 to 4096 alike.
+RATE_BY_WIDTH = 0.4
 
 
 def _setting(
@@ -76,13 +82,16 @@ class TrainSettings:
     target_name: str = _setting(
         "", "target", "what the draft's config names as its target (default: --target)"
     )
+    license: str = _setting(
+        "", "target", "of the draft, for its model card (apache-2.0, llama3, ...)", free=True
+    )
     cache_features: str = _setting(
         "", "target", "folder that keeps the target's features, so that it runs once per record",
         free=True,
     )  # fmt: skip
 
     init: str = _setting(
-        "target", "draft", "target (a copy of its last layer), random, or the folder of a draft"
+        "target", "draft", "target (fitted to it), random, or the folder of a draft to go on from"
     )
     layers: int = _setting(1, "draft", "decoder layers", least=1)
     layer_type: str = _setting(
@@ -124,8 +133,7 @@ class TrainSettings:
     )
     noise: float = _setting(0.2, "loss", "width of even noise on hidden states", least=0)
     draft_steps: int = _setting(
-        1, "loss", "steps drafted from the draft's own outputs; more than 1 goes beyond the paper",
-        least=1,
+        3, "loss", "steps drafted from the draft's own outputs; the paper has 1", least=1
     )  # fmt: skip
     step_decay: float = _setting(
         0.8, "loss", "weight of a step relative to the one before", least=0
@@ -141,8 +149,12 @@ class TrainSettings:
         0, "optimiser", "records per forward pass; 0 takes a process's share at once", least=0,
         free=True,
     )  # fmt: skip
-    learning_rate: float = _setting(3e-5, "optimiser", "highest rate", least=0)
-    warmup_steps: int = _setting(500, "optimiser", "steps of even rise to it", least=0)
+    learning_rate: float = _setting(
+        0.0, "optimiser", "highest rate; 0 takes 0.4 / hidden size, which is 1e-4 for 4096", least=0
+    )
+    warmup_steps: int = _setting(
+        500, "optimiser", "steps of even rise to it, at most a tenth of the run", least=0
+    )
     decay: str = _setting("cosine", "optimiser", "after that", ("cosine", "linear", "constant"))
     weight_decay: float = _setting(0.01, "optimiser", "of AdamW", least=0)
     max_grad_norm: float = _setting(0.5, "optimiser", "gradients are clipped to this norm", least=0)
@@ -157,13 +169,25 @@ class TrainSettings:
     resume: bool = _setting(False, "run", "go on from the newest checkpoint in --output", free=True)
     device: str = _setting("auto", "run", "where to compute", ("auto", "cpu"), free=True)
     workers: int = _setting(0, "run", "processes that prepare records", least=0, free=True)
+    packing: bool = _setting(
+        False,
+        "run",
+        "put short records of a micro-batch into one row of the draft's batch",
+        free=True,
+    )
     length_pool: int = _setting(
         8, "run", "steps whose records are sorted by length together, against padding", least=1
+    )
+    report_to: str = _setting(
+        "tensorboard", "run", "where figures go as they come, besides log.jsonl", REPORTS, free=True
     )
     log_every: int = _setting(10, "run", "steps", least=1, free=True)
     save_every: int = _setting(500, "run", "steps between checkpoints", least=1, free=True)
     keep_checkpoints: int = _setting(2, "run", "newest checkpoints kept", least=1, free=True)
-    eval_every: int = _setting(500, "run", "steps between evaluations", least=1, free=True)
+    eval_every: int = _setting(
+        500, "run", "steps between evaluations; two early ones come at a twentieth and a quarter "
+        "of it", least=1, free=True,
+    )  # fmt: skip
     eval_depth: int = _setting(5, "run", "tokens drafted per verification in evaluation", least=1)
     eval_max_tokens: int = _setting(64, "run", "of a held-out reply", least=1)
     stop_after_minutes: float = _setting(
@@ -199,6 +223,10 @@ class TrainSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name."""
         return dataclasses.asdict(self)
+
+    def highest_rate(self, hidden_size: int) -> float:
+        """The learning rate after the warm-up; wider layers take smaller steps."""
+        return self.learning_rate or RATE_BY_WIDTH / hidden_size
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What keeps these settings from going on with a run of the `other` ones, a line each."""

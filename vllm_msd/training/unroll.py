@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from vllm_msd.draft import DraftCache, DraftRows, MSDDraft
 
 
-def chain_visibility(mask: Tensor, step: int, first: int = 0) -> Tensor:
+def chain_visibility(
+    mask: Tensor, step: int, first: int = 0, segments: Tensor | None = None
+) -> Tensor:
     """What step `step` (from 1) sees of all columns so far, ``[B, rows, columns]`` bool.
 
     Args:
@@ -30,6 +32,8 @@ def chain_visibility(mask: Tensor, step: int, first: int = 0) -> Tensor:
         step: its S - `first` rows (all S in step 1) see S columns of step 1, and as many of each
             later step as it has rows.
         first: of the sequence's rows, where the steps after the first begin.
+        segments: ``[B, S]`` int, which record a row is of, where several are packed into one
+            sequence; none sees another.
     """
     every = torch.arange(mask.shape[1], device=mask.device)
     late = every[first:]
@@ -37,11 +41,21 @@ def chain_visibility(mask: Tensor, step: int, first: int = 0) -> Tensor:
     blocks = [every <= row - (step - 1)]
     blocks += [late == row - (step - other) for other in range(2, step + 1)]
     valid = torch.cat([mask] + [mask[:, first:]] * (step - 1), 1)
-    return torch.cat(blocks, 1)[None] & valid[:, None]
+    visible = torch.cat(blocks, 1)[None] & valid[:, None]
+    if segments is not None:
+        columns = torch.cat([segments] + [segments[:, first:]] * (step - 1), 1)
+        own = segments if step == 1 else segments[:, first:]
+        visible &= own[:, :, None] == columns[:, None]
+    return visible
 
 
 def unroll(
-    draft: MSDDraft, rows: DraftRows, steps: int, checkpointing: bool = False, first: int = 0
+    draft: MSDDraft,
+    rows: DraftRows,
+    steps: int,
+    checkpointing: bool = False,
+    first: int = 0,
+    segments: Tensor | None = None,
 ) -> list[Tensor]:
     """Outputs ``[B, S, H]`` of drafting steps 1 to `steps` at every row.
 
@@ -55,8 +69,9 @@ def unroll(
         checkpointing: compute each step again on the way back, to save memory.
         first: row from which on outputs are wanted. Steps after the first leave out what comes
             before; their outputs there are 0.
+        segments: of packed rows (see `chain_visibility`).
     """
-    if steps == 1 and _is_right_padded(rows.attention_mask):
+    if steps == 1 and segments is None and _is_right_padded(rows.attention_mask):
         # Causal attention alone keeps right padding out of every real row.
         inputs = (rows.token_embeds, rows.hidden_states, rows.visual_mask, rows.position_ids)
         if checkpointing:
@@ -69,7 +84,7 @@ def unroll(
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for step in range(1, steps + 1):
-        arguments = (draft, rows, hidden, step, first, keys, values)
+        arguments = (draft, rows, hidden, step, first, keys, values, segments)
         if checkpointing:
             out, keys, values = checkpoint(_step, *arguments, use_reentrant=False)
         else:
@@ -88,9 +103,10 @@ def _step(
     first: int,
     keys: list[Tensor],
     values: list[Tensor],
+    segments: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One step over the keys and values of those before; leaves its arguments as they are."""
-    visible = chain_visibility(rows.attention_mask, step, first)
+    visible = chain_visibility(rows.attention_mask, step, first, segments)
     # A row that sees nothing would turn into NaN and spoil its gradients.
     own = torch.arange(visible.shape[1], device=visible.device)
     visible[:, own, own + visible.shape[2] - visible.shape[1]] = True
@@ -147,7 +163,7 @@ class ChainCount:
 
 def replay_chains(
     matches: Tensor, start: int, end: int, count: ChainCount, known: int | None = None
-) -> None:
+) -> list[tuple[int, int]]:
     """Replay greedy chain drafting over one reply and add to `count`.
 
     Args:
@@ -157,9 +173,12 @@ def replay_chains(
         end: position of its last token.
         known: position of the last token that the target has said, as if the reply went on;
             `end` if not given.
+
+    Returns:
+        Each verification's row of step 1, and how many tokens it accepted.
     """
     known = end if known is None else known
-    newest = start
+    newest, found = start, []
     while newest < end:
         # Row newest - 1 pairs the last hidden state with the newest token; step k + 1 is k rows on.
         accepted = 0
@@ -170,4 +189,6 @@ def replay_chains(
         ):
             accepted += 1
         count.add(accepted)
+        found.append((newest - 1, accepted))
         newest += accepted + 1
+    return found
