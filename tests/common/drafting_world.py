@@ -23,7 +23,7 @@ def costs(step: float, request: float, row: float, prefill: float, level: float)
     return CostTable(
         tuple((r, n * r, step + request * r + row * n * r) for r in sizes for n in (1, 4, 64)),
         tuple((n, prefill + row * n / 30) for n in (1, 1000)),
-        tuple((1, r, level + row * r / 30) for r in sizes),
+        tuple((r, level + row * r / 30) for r in sizes),
     )
 
 
@@ -45,7 +45,7 @@ class World:
         rows = requests + nodes
         return float(
             self.costs.step_seconds(requests, rows)
-            + self.costs.draft_seconds(requests, rows, depth, 1)
+            + self.costs.draft_seconds(requests, rows, depth)
         )
 
     def fixed(self, length: int, requests: int, steps: int) -> float:
@@ -84,7 +84,7 @@ class Auto:
         paths = paths[:, : plan.depth]
         for path in paths:
             self.chooser.drafted(plan.depth, path, np.arange(1, plan.depth + 1))
-        spent = float(self.world.costs.draft_seconds(requests, requests, plan.depth, 1))
+        spent = float(self.world.costs.draft_seconds(requests, requests, plan.depth))
         lengths = prefix_lengths(
             [self.calibration.worth(path) for path in paths],
             self.world.costs,

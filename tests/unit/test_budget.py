@@ -39,22 +39,21 @@ def test_costs_between_and_beyond_what_was_measured():
     table = CostTable(
         ((1, 1, 1.0), (1, 5, 2.0), (1, 9, 1.5), (4, 4, 3.0), (4, 8, 5.0)),
         ((1, 0.5), (11, 1.5)),
-        ((1, 1, 0.1), (3, 1, 0.2), (3, 2, 0.4)),
+        ((1, 0.2), (2, 0.4)),
     )
     rows = [1, 3, 5, 9, 17]  # a larger step never costs less than a smaller one
     np.testing.assert_allclose(table.step_seconds(1, rows), [1, 1.5, 2, 2, 2])
     np.testing.assert_allclose(table.step_seconds(4, [4, 6, 8, 12]), [3, 4, 5, 7])
     np.testing.assert_allclose(table.step_seconds(9, [9]), [5.5])
     np.testing.assert_allclose(table.step_seconds(2, [5]), [2 + (3.5 - 2) / 3])
-    assert table.draft_seconds(4, 6, 0, 3) == 0
-    assert table.draft_seconds(4, 6, 3, 3) == pytest.approx(1.0 + 2 * 0.8)
-    assert table.draft_seconds(4, 6, 3, 1) == pytest.approx(1.0 + 2 * 0.1)
+    assert table.draft_seconds(4, 6, 0) == 0
+    assert table.draft_seconds(4, 6, 3) == pytest.approx(1.0 + 2 * 0.8)
 
 
 @pytest.mark.parametrize("points", [(), ((1, 1, float("nan")),), ((1, 1, -0.1),)])
 def test_costs_that_are_none(points):
     with pytest.raises(ValueError, match="costs: got"):
-        CostTable(points, ((1, 0.5),), ())
+        CostTable(points, ((1, 0.5),), ((1, 0.5),))
 
 
 def test_stale_and_damaged_tables_are_not_used(tmp_path):
@@ -153,16 +152,20 @@ def test_a_request_gets_a_prefix_whatever_rounding_did():
 def test_shape_follows_the_costs():
     chain, tree = TreeConfig(8, 8, 1), TreeConfig(24, 6, 4)
 
-    def table(row, level):
-        return CostTable(
-            tuple((r, n * r, 0.01 + row * n * r) for r in (1, 16) for n in (1, 64)),
-            ((1, 0.001),),
-            tuple((k, r, 0.001 + level * k * r) for k in (1, 4) for r in (1, 16)),
-        )
+    def candidates(row, level):
+        for shape in (chain, tree):
+            yield (
+                shape,
+                CostTable(
+                    tuple((r, n * r, 0.01 + row * n * r) for r in (1, 16) for n in (1, 64)),
+                    ((1, 0.001),),
+                    tuple((r, 0.001 + level * shape.top_k * r) for r in (1, 16)),
+                ),
+            )
 
     by_depth = [0.6**n for n in range(1, 7)]
-    assert choose_shape([chain, tree], table(1e-6, 1e-6), by_depth) == tree
-    assert choose_shape([chain, tree], table(2e-3, 1e-3), by_depth) == chain
+    assert choose_shape([*candidates(1e-6, 1e-6)], by_depth) == tree
+    assert choose_shape([*candidates(2e-3, 1e-3)], by_depth) == chain
 
 
 # Simulated ----------------------------------------------------------------------------------------

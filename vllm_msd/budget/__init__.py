@@ -8,7 +8,7 @@ choice made here changes an output: the target decides every token whatever was 
 """
 
 from vllm_msd.budget.costs import CostTable
-from vllm_msd.budget.depth import DepthChooser
+from vllm_msd.budget.depth import DepthChooser, DraftPlan
 from vllm_msd.budget.rule import best_rate, prefix_lengths
 from vllm_msd.budget.shapes import AUTO, choose_shape, expected_tree
 from vllm_msd.budget.worth import AcceptancePrior, Calibration
@@ -19,6 +19,7 @@ __all__ = [
     "Calibration",
     "CostTable",
     "DepthChooser",
+    "DraftPlan",
     "best_rate",
     "choose_shape",
     "expected_tree",

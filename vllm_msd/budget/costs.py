@@ -56,23 +56,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Measured or computed costs, in seconds.
+    """Measured or computed costs of one machine, model and shape of trees, in seconds.
 
     Attributes:
         step: ``(requests, rows, seconds)`` of a step of the target with that many requests and
             rows in all, sampling and what is around it included, drafting not.
         prefill: ``(rows, seconds)`` of the draft over a step's rows, its first logits included.
-        level: ``(top_k, requests, seconds)`` of one more level of a draft ``top_k`` wide.
+        level: ``(requests, seconds)`` of one more level of the draft.
     """
 
     step: tuple[tuple[int, int, float], ...]
     prefill: tuple[tuple[int, float], ...]
-    level: tuple[tuple[int, int, float], ...]
+    level: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        if not self.step or not self.prefill:
-            raise ValueError("costs: got no steps or no drafting, expected some points of each")
-        _ = self._step, self._prefill, self._levels  # refuses what is no number
+        if not self.step:
+            raise ValueError("costs: got no steps, expected some (requests, rows, seconds)")
+        _ = self._step, self._prefill, self._level  # refuses what is no number
 
     @cached_property
     def _step(self) -> list[tuple[int, Curve]]:
@@ -86,11 +86,8 @@ class CostTable:
         return Curve.through(self.prefill)
 
     @cached_property
-    def _levels(self) -> dict[int, Curve]:
-        by_width: dict[int, list[tuple[float, float]]] = {}
-        for top_k, requests, seconds in self.level:
-            by_width.setdefault(top_k, []).append((requests, seconds))
-        return {top_k: Curve.through(points) for top_k, points in by_width.items()}
+    def _level(self) -> Curve:
+        return Curve.through(self.level)
 
     def step_seconds(self, requests: int, rows: ArrayLike) -> Array:
         """Seconds of a step of the target; ``rows``: in all, the same shape comes back."""
@@ -103,11 +100,11 @@ class CostTable:
             seconds = (1 - share) * seconds + share * other.at(rows)
         return seconds
 
-    def draft_seconds(self, requests: int, rows: ArrayLike, depth: int, top_k: int) -> Array:
+    def draft_seconds(self, requests: int, rows: ArrayLike, depth: int) -> Array:
         """Seconds of drafting ``depth`` levels after a step of ``rows`` rows; 0 for depth 0."""
         if depth == 0:
             return np.zeros_like(np.asarray(rows, dtype=float))
-        return self._prefill.at(rows) + (depth - 1) * self._levels[top_k].at(requests)
+        return self._prefill.at(rows) + (depth - 1) * self._level.at(requests)
 
     def to_dict(self) -> dict[str, Any]:
         """As lists of numbers."""

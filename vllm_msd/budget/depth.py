@@ -115,11 +115,7 @@ class DepthChooser:
         rates = []
         for depth in range(self._shape.depth + 1):
             these = depths <= depth
-            rates.append(
-                best_rate(
-                    worths[these], counts[these], requests, self._costs, depth, self._shape.top_k
-                )
-            )
+            rates.append(best_rate(worths[these], counts[these], requests, self._costs, depth))
         return rates
 
     def _best(self, requests: int) -> int:

@@ -45,9 +45,7 @@ def best_count(worths: Array, requests: int, costs: CostTable, draft_seconds: fl
     return int(np.argmax(tokens / (costs.step_seconds(requests, rows) + draft_seconds)))
 
 
-def best_rate(
-    worths: Array, counts: Array, requests: int, costs: CostTable, depth: int, top_k: int
-) -> float:
+def best_rate(worths: Array, counts: Array, requests: int, costs: CostTable, depth: int) -> float:
     """The best tokens per second of a step with nodes like these.
 
     Args:
@@ -55,9 +53,9 @@ def best_rate(
         counts: ``[n]`` how many nodes of the step each of them stands for.
         requests: of that step.
         costs: of the machine.
-        depth, top_k: how the nodes are drafted.
+        depth: levels drafted for them.
     """
     tokens = requests + np.concatenate([[0.0], np.cumsum(counts * worths)])
     rows = requests + np.concatenate([[0.0], np.cumsum(counts)])
     seconds = costs.step_seconds(requests, rows)
-    return float((tokens / (seconds + costs.draft_seconds(requests, rows, depth, top_k))).max())
+    return float((tokens / (seconds + costs.draft_seconds(requests, rows, depth))).max())

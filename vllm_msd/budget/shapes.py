@@ -50,17 +50,17 @@ def expected_tree(
 
 
 def choose_shape(
-    shapes: Sequence[TreeConfig], costs: CostTable, by_depth: Sequence[float]
+    candidates: Sequence[tuple[TreeConfig, CostTable]], by_depth: Sequence[float]
 ) -> TreeConfig:
     """The one with the highest expected rate, in the geometric mean over a few batch sizes.
 
     Args:
-        shapes: candidates; the first one at a tie.
-        costs: with levels of each candidate's width.
+        candidates: shapes with what they cost; the first one wins a tie.
         by_depth: see `expected_tree`.
     """
 
-    def score(shape: TreeConfig) -> float:
+    def score(candidate: tuple[TreeConfig, CostTable]) -> float:
+        shape, costs = candidate
         chances, depths = expected_tree(shape, by_depth)
         total = 0.0
         for requests in COMPARED_AT:
@@ -68,8 +68,8 @@ def choose_shape(
             for depth in range(shape.depth + 1):
                 nodes = chances[depths <= depth]
                 counts = np.full(len(nodes), float(requests))
-                rates.append(best_rate(nodes, counts, requests, costs, depth, shape.top_k))
+                rates.append(best_rate(nodes, counts, requests, costs, depth))
             total += math.log(max(rates))
         return total
 
-    return max(shapes, key=score)
+    return max(candidates, key=score)[0]
