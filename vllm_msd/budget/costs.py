@@ -106,6 +106,18 @@ class CostTable:
             return np.zeros_like(np.asarray(rows, dtype=float))
         return self._prefill.at(rows) + (depth - 1) * self._level.at(requests)
 
+    def gist(self) -> str:
+        """The table in a few words, in milliseconds."""
+        steps = []
+        for requests in (1, 4, 16):
+            one, five = (1e3 * float(self.step_seconds(requests, requests * n)) for n in (1, 5))
+            steps.append(f"{requests}: {one:.1f} and {five:.1f}")
+        level = 1e3 * float(self._level.at(1))
+        return (
+            f"a step of 1 and of 5 rows each, ms by requests: {', '.join(steps)}; a level of the "
+            f"draft {level:.1f}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As lists of numbers."""
         return {name: [list(point) for point in getattr(self, name)] for name in _FIELDS}

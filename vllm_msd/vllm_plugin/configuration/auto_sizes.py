@@ -61,10 +61,8 @@ def auto_shapes(
     Raises:
         ConfigError: sizes have to be fixed here; the message says why.
     """
-    from vllm.platforms import current_platform
-
     AcceptancePrior.from_config(draft.msd_acceptance)
-    if not current_platform.is_cpu() or _uses_v2():
+    if not runs_v1_on_cpu():
         raise ConfigError("only Model Runner V1 on a CPU chooses sizes at run time.")
     if parallel.tensor_parallel_size > 1:
         raise ConfigError(f"got tensor_parallel_size={parallel.tensor_parallel_size}, expected 1.")
@@ -86,12 +84,15 @@ def auto_shapes(
     return shapes
 
 
-def _uses_v2() -> bool:
+def runs_v1_on_cpu() -> bool:
+    """Whether engines of this process run Model Runner V1 on a CPU, asked before their config is
+    complete."""
     from vllm import envs
+    from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
     chosen = envs.VLLM_USE_V2_MODEL_RUNNER
-    return HAS_TRITON if chosen is None else chosen
+    return current_platform.is_cpu() and not (HAS_TRITON if chosen is None else chosen)
 
 
 def settings_of(shapes: list[TreeConfig]) -> dict[str, int]:

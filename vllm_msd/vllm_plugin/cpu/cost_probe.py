@@ -51,22 +51,18 @@ def prepare_budget(runner: TreeModelRunner) -> None:
         tables[shape] = table
     shape = choose_shape(list(tables.items()), drafter.prior.by_depth)
     drafter.use(shape, tables[shape])
-    logger.info("%s", gist(shape, tables[shape], drafter.chooser.rates, origin))
-
-
-def gist(shape: TreeConfig, table: CostTable, rates: Any, origin: str) -> str:
-    """What a user wants to know of the budget, in one line."""
-    one, five = (1e3 * float(table.step_seconds(1, rows)) for rows in (1, 5))
-    level = 1e3 * float(table.draft_seconds(1, 1, 2) - table.draft_seconds(1, 1, 1))
-    depths = []
-    for requests in (1, 4, 16):
-        expected = rates(requests)
-        depths.append(f"{expected.index(max(expected))} at {requests}")
-    return (
-        f"MSD drafts what pays: {describe(shape)}. A step takes {one:.1f} ms with one row, "
-        f"{five:.1f} ms with five; a level of the draft {level:.1f} ms ({origin}). Depth to begin "
-        f"with: {', '.join(depths)} requests."
+    depths = [f"{n}: {_argmax(drafter.chooser.rates(n))}" for n in (1, 4, 16)]
+    logger.info(
+        "MSD drafts what pays: %s. Costs (%s): %s. Depth to begin with, by requests: %s.",
+        describe(shape),
+        origin,
+        tables[shape].gist(),
+        ", ".join(depths),
     )
+
+
+def _argmax(values: list[float]) -> int:
+    return values.index(max(values))
 
 
 def table_key(vllm_config: Any, shape: TreeConfig) -> dict[str, Any]:

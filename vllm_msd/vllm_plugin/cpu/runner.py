@@ -193,7 +193,11 @@ class TreeModelRunner(CPUModelRunner):
     def _limits(self) -> list[int]:
         """The most nodes that each request of the batch may have; 0 while its prompt is read."""
         is_unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].tolist()
-        return [0 if unfinished else self.store.num_nodes for unfinished in is_unfinished]
+        limits = []
+        for wanted, unfinished in zip(self.drafter.request_limits(), is_unfinished, strict=True):
+            most = self.store.num_nodes if wanted is None else wanted
+            limits.append(0 if unfinished else most)
+        return limits
 
     def _needs_chain(self, req_id: str) -> bool:
         """Whether the logits of this request depend on the drafted rows before them."""

@@ -63,8 +63,9 @@ class TreeProposer(MSDProposer):
         mm_embed_inputs: tuple[list[Tensor], Tensor] | None = None,
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: dict[str, Tensor] | list[dict[str, Tensor]] | None = None,
-    ) -> Tensor:
-        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``."""
+    ) -> Tensor | list[list[int]]:
+        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``, or
+        a list where requests want fewer."""
         super().propose(
             1,
             target_token_ids,
@@ -87,7 +88,7 @@ class TreeProposer(MSDProposer):
             common_attn_metadata.block_table_tensor,
         )
         self.drafted = lay_out_chains(tree, self.as_chain) if self.as_chain.any() else tree
-        return self.drafted.tokens[:, 1 : num_speculative_tokens + 1]
+        return self._within_limits(self.drafted.tokens[:, 1 : num_speculative_tokens + 1])
 
     @override
     def _sample_draft_tokens(
