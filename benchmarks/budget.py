@@ -1,7 +1,7 @@
 """What sizes left to the plugin would do on a GPU, by arithmetic: speed-ups over no speculation.
 
     python benchmarks/budget.py
-    python benchmarks/budget.py --output benchmarks/results/budget.json \\
+    python benchmarks/budget.py --output benchmarks/predictions/budget.json \\
         --plot docs/pictures/budget.svg
 
 The rule of vllm_msd/budget with the cost tables of vllm_msd/roofline. Each batch size gets the

@@ -12,7 +12,7 @@ from vllm_msd.errors import MSDError
 from vllm_msd.roofline.budget_costs import BATCHES
 from vllm_msd.roofline.shapes import DEVICES
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "budget.json"
+RESULT = Path(__file__).parents[2] / "benchmarks" / "predictions" / "budget.json"
 
 
 @pytest.fixture(scope="module")

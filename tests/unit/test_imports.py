@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     ("",),  # the modules beside the rooms: errors, provenance, ...
     ("draft", "tree", "checkpoint", "kernels"),
-    ("training", "roofline", "budget"),
+    ("budget",),
+    ("training", "roofline"),
     ("vllm_plugin",),
     ("measure",),
     ("demo",),
