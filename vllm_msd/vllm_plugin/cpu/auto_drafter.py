@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +145,8 @@ class AutoProposer(TreeProposer):
             step: what was verified.
             accepted: ``[R, T]`` int64 the accepted nodes, padded with -1.
         """
+        if self.forced is not None:
+            return  # made-up requests
         starts = step.row_start.tolist()
         paths, hits = [], []
         for request, tree in enumerate(drafted):
@@ -244,8 +245,8 @@ def _cut(config: TreeConfig, depth: int) -> TreeShape:
     return TreeShape(nodes + 1, depth - 1, k)
 
 
-def describe(value: Any) -> str:
+def describe(shape: TreeConfig) -> str:
     """A shape in words."""
-    if value.is_chain:
-        return f"chains of up to {value.num_nodes}"
-    return f"trees of up to {value.num_nodes} nodes (depth {value.depth}, top-k {value.top_k})"
+    if shape.is_chain:
+        return f"chains of up to {shape.num_nodes}"
+    return f"trees of up to {shape.num_nodes} nodes (depth {shape.depth}, top-k {shape.top_k})"
