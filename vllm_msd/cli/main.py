@@ -19,6 +19,7 @@ from vllm_msd.storage import is_users_to_mend
 
 COMMAND_MODULES = (
     "doctor",
+    "env",
     "checkpoint_commands",
     "training_commands",
     "vocabulary_commands",

@@ -103,7 +103,7 @@ def grow_tree(
     shape: TreeShape,
     token_ids: Tensor | None = None,
 ) -> DraftTree:
-    """Grow one tree per request.
+    """Grow one tree per request, with its ``scores``.
 
     Args:
         root_tokens: ``[B]`` int64 the sampled tokens.
@@ -178,4 +178,5 @@ def _rerank(
         torch.cat([root_tokens[:, None], tokens.gather(1, kept)], 1),
         torch.cat([root, nodes], 1),
         check=False,
+        scores=torch.nn.functional.pad(scores.gather(1, kept), (1, 0)),
     )

@@ -23,12 +23,14 @@ class DraftTree:
                  3                             [0b0001 0b0011 0b0101 0b1011]
 
     All tensors are ``[B, T]`` int64. The root is the sampled token that was not drafted.
+    ``scores``, where known: ``[B, T]`` float32, the draft's log probability of each node's path.
     """
 
     tokens: Tensor
     parents: Tensor
     depths: Tensor
     ancestors: Tensor
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "parents", "depths", "ancestors"):
@@ -47,13 +49,16 @@ class DraftTree:
         return self.tokens.shape[1]
 
     @classmethod
-    def from_parents(cls, tokens: Tensor, parents: Tensor, check: bool = True) -> "DraftTree":
+    def from_parents(
+        cls, tokens: Tensor, parents: Tensor, check: bool = True, scores: Tensor | None = None
+    ) -> "DraftTree":
         """Build the record from ``[B, T]`` tokens and parents (-1 at the root only).
 
         Args:
             tokens: int64 token of each node.
             parents: int64 parent of each node.
             check: look at the contents of ``parents``, which waits for the device.
+            scores: float32 log probability of each node's path.
 
         Raises:
             ValueError: a node does not come after its parent, or there are too many nodes.
@@ -63,15 +68,17 @@ class DraftTree:
             (parents >= node).any() or (parents[:, 1:] < 0).any() or (parents[:, 0] != -1).any()
         ):
             raise ValueError("parents: expected -1 at node 0 and an earlier node everywhere else")
-        return cls(tokens, parents, *tree_relations(parents))
+        return cls(tokens, parents, *tree_relations(parents), scores)
 
     @classmethod
     def concatenate(cls, trees: Iterable["DraftTree"]) -> "DraftTree":
         """Trees of equally many nodes, one batch after the other."""
-        columns = zip(*((t.tokens, t.parents, t.depths, t.ancestors) for t in trees), strict=True)
-        return cls(*map(torch.cat, columns))
+        return cls(*map(torch.cat, zip(*(tree._fields() for tree in trees), strict=True)))
 
     def by_request(self) -> list["DraftTree"]:
         """The trees one by one, ``[1, T]`` each; views."""
-        relations = (self.tokens, self.parents, self.depths, self.ancestors)
-        return [DraftTree(*one) for one in zip(*(x.split(1) for x in relations), strict=True)]
+        return [DraftTree(*one) for one in zip(*(x.split(1) for x in self._fields()), strict=True)]
+
+    def _fields(self) -> list[Tensor]:
+        fields = [self.tokens, self.parents, self.depths, self.ancestors]
+        return fields if self.scores is None else [*fields, self.scores]

@@ -22,9 +22,20 @@ def tree_config(vllm_config: VllmConfig) -> TreeConfig:
 
 
 def drafts_trees(speculative_config: SpeculativeConfig | None) -> bool:
-    """Whether this is MSD's speculative config, and it asks for trees."""
+    """Whether this is MSD's speculative config, and it asks for trees, or for what pays."""
+    draft = getattr(getattr(speculative_config, "draft_model_config", None), "hf_config", None)
+    return getattr(draft, "msd_tree_top_k", 1) > 1 or bool(getattr(draft, "msd_auto", None))
+
+
+def is_msd_config(speculative_config: SpeculativeConfig | None) -> bool:
+    """Whether this is MSD's speculative config."""
     draft = getattr(speculative_config, "draft_model_config", None)
-    return getattr(getattr(draft, "hf_config", None), "msd_tree_top_k", 1) > 1
+    return hasattr(getattr(draft, "hf_config", None), "msd_draft")
+
+
+def heeds_requests(speculative_config: SpeculativeConfig) -> bool:
+    """Whether an MSD engine looks at what single requests say about their drafts."""
+    return speculative_config.draft_model_config.hf_config.msd_heeds_requests
 
 
 def wants_trees(vllm_config: VllmConfig) -> bool:
@@ -38,6 +49,12 @@ def requests_at_once(vllm_config: VllmConfig, columns: int, element_bytes: int) 
     return tree_config(vllm_config).shape.requests_at_once(
         scheduler.max_num_seqs, scheduler.max_num_batched_tokens, columns, element_bytes
     )
+
+
+def auto_shapes(vllm_config: VllmConfig) -> list[TreeConfig]:
+    """What an MSD engine chooses from by itself, the largest first; none where sizes are fixed."""
+    draft = vllm_config.speculative_config.draft_model_config.hf_config
+    return [TreeConfig(*shape) for shape in getattr(draft, "msd_auto", None) or ()]
 
 
 def wrap_num_lookahead_tokens(original: Callable[[Any], int]) -> Callable[[Any], int]:

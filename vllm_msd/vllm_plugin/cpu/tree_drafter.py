@@ -61,8 +61,9 @@ class TreeProposer(MSDProposer):
         mm_embed_inputs: tuple[list[Tensor], Tensor] | None = None,
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: dict[str, Tensor] | list[dict[str, Tensor]] | None = None,
-    ) -> Tensor:
-        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``.
+    ) -> Tensor | list[list[int]]:
+        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``, or
+        a list where requests want fewer.
 
         A schedule asks for fewer nodes in some steps; for none the draft's prefill runs alone.
         """
@@ -84,20 +85,37 @@ class TreeProposer(MSDProposer):
             return none
         if token_indices_to_sample is None:
             token_indices_to_sample = common_attn_metadata.query_start_loc[1:] - 1
+        self.drafted = self._grow_all(
+            next_token_ids,
+            token_indices_to_sample,
+            common_attn_metadata.block_table_tensor,
+            self.shape.cut(num_speculative_tokens),
+        )
+        return self._within_limits(self.drafted.tokens[:, 1:])
+
+    def _grow_all(
+        self, next_tokens: Tensor, last_rows: Tensor, block_table: Tensor, shape: TreeShape
+    ) -> DraftTree:
+        """Grow the trees of R requests from the draft's prefill, so many at once as fit.
+
+        Args:
+            next_tokens: ``[R]`` the sampled tokens.
+            last_rows: ``[R]`` int64 each request's last valid row of the prefill.
+            block_table: ``[R or more, blocks]`` int32 of the draft's cache.
+            shape: of the trees.
+        """
         # Kept from the levels, which use the same buffers.
         of_requests = (
-            next_token_ids.long(),
-            self.positions[token_indices_to_sample] + 1,
+            next_tokens.long(),
+            self.positions[last_rows] + 1,
             self._last_hidden,
-            common_attn_metadata.block_table_tensor[: len(next_token_ids)],
+            block_table[: len(next_tokens)],
         )
-        shape = self.shape.cut(num_speculative_tokens)
         tree = DraftTree.concatenate(
             self._grow(*some, shape)
             for some in zip(*(t.split(self.requests_at_once) for t in of_requests), strict=True)
         )
-        self.drafted = lay_out_chains(tree, self.as_chain) if self.as_chain.any() else tree
-        return self.drafted.tokens[:, 1:]
+        return lay_out_chains(tree, self.as_chain) if self.as_chain.any() else tree
 
     @override
     def _sample_draft_tokens(
@@ -133,7 +151,8 @@ class TreeProposer(MSDProposer):
 
         def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
             nonlocal tree_rows
-            tree_rows = draft_level(tree_start, visible, tree_rows)
+            if k > 1:  # a chain is causal
+                tree_rows = draft_level(tree_start, visible, tree_rows)
             attention = CommonAttentionMetadata(
                 query_start_loc=query_start,
                 query_start_loc_cpu=query_start.cpu(),
@@ -170,10 +189,12 @@ class TreeProposer(MSDProposer):
         hidden: Tensor,
         positions: Tensor,
         attention: CommonAttentionMetadata,
-        tree_rows: TreeRows,
+        tree_rows: TreeRows | None,
     ) -> Tensor:
-        """Run the draft on one level's rows: ``[rows]``, ``[rows, H]`` and ``[rows]`` to
-        ``[rows, H]``."""
+        """Run the draft on rows of text: ``[rows]``, ``[rows, H]`` and ``[rows]`` to ``[rows, H]``.
+
+        Without ``tree_rows`` they are causal.
+        """
         num_rows = len(tokens)
         mode, num_input_rows, num_rows_across_dp = self._determine_batch_execution_and_padding(
             num_rows
