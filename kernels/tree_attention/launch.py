@@ -57,7 +57,9 @@ def choose_config(
     widest = 16 if itemsize == 4 else 64 if wide and not hopper else 128
     block_m = max(16, power_of_two(group), min(power_of_two(rows), widest))
     small_tile = wide or (block_m >= 64 and not hopper)
-    eight_warps = block_m >= 128 or itemsize == 4 or (wide and (block_m >= 64 or not hopper))
+    eight_warps = block_m >= 128 or (wide and (block_m >= 64 or not hopper))
+    if itemsize == 4:
+        eight_warps = hopper  # on sm_80 the assembler spills with eight
     return LaunchConfig(
         block_m=block_m,
         tile=16 if itemsize == 4 else 32 if small_tile else 64,

@@ -65,36 +65,35 @@ def variant_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Va
     return (kernel.fn.__name__, *parts, *sorted(options.items()))
 
 
-def engine_variants(*, runner: str, target: str, draft: str) -> dict[str, Any]:
+def engine_variants(*, runner: str, kind: str, target: str, draft: str) -> dict[str, Any]:
     """What vLLM's warm-up launches of our kernels, and what serving launches beyond it.
 
     For `run_worker`, with the kernels themselves in the interpreter. Chunks of prompts, an image,
     decoding with trees of several sizes, and requests that come and go.
     """
-    from vllm import SamplingParams
-
-    from tests.common.cuda_graphs.answers import OPTIONS
+    from tests.common.chain_identity import Run, engine_options, greedy, require_runner
     from tests.common.fp32_engine import acceptance, counted, open_engine
-    from tests.common.lossless import demo_requests
+    from vllm_msd.vllm_plugin.gpu.warmup import TreeKernels
 
     schedule = [[1, 1, 8], [2, 2, 5], [3, 6, 3]]
-    engine = open_engine(
-        target, draft, 8, tree=(3, 3), schedule=schedule,
-        **{**OPTIONS, "max_num_batched_tokens": 48, "max_num_seqs": 4},
-    )  # fmt: skip
+    engine = open_engine(target, draft, 8, tree=(3, 3), schedule=schedule, **engine_options(kind))
+    require_runner(engine, runner)
     model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    # What vLLM's own kernels compile there is none of the interpreter's business.
+    (ours,) = (
+        kernel
+        for kernel in model_runner.jit_warmup_registry._registrations
+        if isinstance(kernel, TreeKernels)
+    )
     with recorded_variants() as warmed:
-        model_runner.jit_warmup_registry.warmup()
-    asked = demo_requests(target, 4, [2, 3, 5], seed=70_000)
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=r.max_tokens, ignore_eos=True) for r in asked
-    ]
+        ours.warmup()
+    run = Run(engine, kind, {})
+    prompts = [run.prompt("how are you?"), run.prompt("look: {}", 1), run.prompt("and on it goes")]
     with recorded_variants() as launched:
-        engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
+        run.ask(prompts, [greedy(max_tokens=n) for n in (4, 7, 10)])
     return {
         "warmed": sorted({variant[0] for variant in warmed}),
         "launched": sorted({variant[0] for variant in launched}),
         "late": sorted(map(str, launched - warmed)),
-        "unused": len(warmed - launched),
         "acceptance": counted(acceptance(engine)),
     }
