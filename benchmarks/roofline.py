@@ -26,7 +26,8 @@ from vllm_msd.roofline.scratch import drafting_bytes, verification_bytes
 from vllm_msd.roofline.shapes import DEVICES, SHAPES, free_rows
 from vllm_msd.roofline.step import ARMS, Arm, Prediction, predict
 
-COUNTED = Path(__file__).parent / "results" / "launches.json"
+ROOT = Path(__file__).resolve().parents[1]
+COUNTED = ROOT / "benchmarks" / "results" / "launches.json"
 SPECULATING = ARMS[1:]
 MAX_BATCH = 256
 SCRATCH_REQUESTS = 1024  # vLLM's default max_num_seqs on a large GPU
@@ -50,7 +51,7 @@ def main() -> int:
     result: dict[str, Any] = {"note": NOTE}
     result |= provenance(
         **{key: value for key, value in vars(args).items() if key not in ("output", "plot")}
-        | {"launches": str(args.launches or "vllm_msd/roofline/launches.py")}
+        | {"launches": _named(args.launches or ROOT / "vllm_msd" / "roofline" / "launches.py")}
     )
     result["launches"] = {kind: asdict(counts) for kind, counts in launches.items()}
     result["devices"] = {
@@ -117,6 +118,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 on")
     return int(text)
+
+
+def _named(path: Path) -> str:
+    """As the repository calls it; elsewhere its name alone."""
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def step_rows(args, model: str, device: str, batch: int, launches, costs) -> list[dict[str, Any]]:

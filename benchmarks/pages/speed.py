@@ -21,9 +21,10 @@ def launches(name: str, result: dict[str, Any]) -> str:
     head += ["each level", "outside graphs", "of these ours"]
     parts = [
         "### Launches, counted",
-        "From the record of emulated CUDA graphs on a CPU, the demo pair as the target (8 layers). "
-        "Attention and cache updates count as one each. *Before* is commit 9bbd811, which already "
-        "drafted in one graph; drafted level by level from Python a tree had about 400.",
+        "From the record of emulated CUDA graphs on a CPU; the target is the demo's, which has few "
+        "layers. Attention and cache updates count as one each. *Before* trees were laid over a "
+        "step, and rows moved along accepted paths, by one launch each; they were drafted in one "
+        "graph already. Drafted level by level from Python, a step had about 400.",
         table(head, rows),
         source(name, result),
     ]

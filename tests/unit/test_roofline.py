@@ -249,11 +249,13 @@ def test_script_writes_what_it_prints(script, monkeypatch, capsys, tmp_path):
         (batch, arm.name) for batch in (1, 8) for arm in ARMS
     ]
     tree = result["steps"][2]
-    expected = predict(LLAVA, H200, TREE, 1, context=900)
+    assert result["settings"]["launches"] == "benchmarks/results/launches.json"
+    counted = launches.read(ROOT / result["settings"]["launches"])
+    expected = predict(LLAVA, H200, TREE, 1, context=900, launches=counted)
     assert tree["gpu_alone"]["ms"] == pytest.approx(expected.bound * 1e3, abs=1e-3)
     assert sum(tree["gpu_alone"]["parts_ms"].values()) == pytest.approx(tree["gpu_alone"]["ms"],
                                                                         abs=1e-3)  # fmt: skip
-    plain = predict(LLAVA, H200, NONE, 1, context=900)
+    plain = predict(LLAVA, H200, NONE, 1, context=900, launches=counted)
     slow, base = expected.seconds(hidden=False), plain.seconds(hidden=False)
     assert tree["fused"]["in_turn"]["speedup"] == pytest.approx(4.4 * base / slow, abs=1e-3)
     assert tree["eager"]["in_turn"]["ms"] > tree["fused"]["in_turn"]["ms"]
@@ -272,8 +274,10 @@ def test_script_takes_counted_launches(script, monkeypatch, tmp_path):
         return json.loads(output.read_text())
 
     counted = tmp_path / "launches.json"
+    counted.write_text('{"launches": {}}')
+    before = written("--launches", counted)
     counted.write_text('{"launches": {"tree eager": {"level": 160}}}')
-    before, after = written(), written("--launches", counted)
+    after = written("--launches", counted)
     assert after["launches"]["tree eager"]["level"] == 160
     for row, expected in ((1, 0.0), (2, 400 * 7e-3)):  # the chain's stay; 4 levels of 100 more
         ms = [result["steps"][row]["eager"]["in_turn"]["ms"] for result in (before, after)]

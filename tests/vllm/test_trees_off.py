@@ -43,7 +43,7 @@ def test_a_chain_is_not_touched():
 
 
 def test_trees_launch_little_beside_the_graphs():
-    """At most 12 launches a decoding step are ours, outside the three graphs."""
+    """At most 12 launches a decoding step are ours, outside its graphs; a prompt has no tree."""
     pair = demo_pair()
     report = run_worker(
         "count_launches",
@@ -53,6 +53,8 @@ def test_trees_launch_little_beside_the_graphs():
         speculation={"spec_tokens": 16, "tree": [5, 4]},
     )
     assert len(report["steps"]) > 2
+    assert report["prompt"]
+    assert not {"place_trees_eager", "accept_kernel", "settle_kernel"} & {*report["prompt"]}
     for step in report["steps"]:
         assert len(step["graphs"]) == 3
         assert {"place_trees_eager", "accept_kernel", "settle_kernel"} <= {*step["ours_by_name"]}

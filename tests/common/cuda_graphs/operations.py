@@ -84,12 +84,14 @@ def count_launches(
 
     Returns:
         under ``steps``, of those that replay graphs only: ``outside``, ``ours`` and ``graphs``, one
-        number a replay in their order, and under ``ours_by_name`` the names of ours.
+        number a replay in their order, and under ``ours_by_name`` the names of ours. ``prompt``:
+        names of ours in the first step, in which nobody has drafts.
     """
     with engines.gpu_wiring("FULL_DECODE_ONLY"):
         found = steps_of(target, draft, requests=1, longest=24, **speculation)
     most = max(len(step.replays) for step in found)
     return {
+        "prompt": sorted({*found[0].ours()}),
         "steps": [
             {
                 "outside": len(step.outside),
@@ -99,5 +101,5 @@ def count_launches(
             }
             for step in found
             if len(step.replays) == most
-        ]
+        ],
     }

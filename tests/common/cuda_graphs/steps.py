@@ -33,7 +33,8 @@ class Step:
 
 def _issued_here(launch: Launch) -> bool:
     lines = (frame.filename for frame in launch.where if "/triton/" not in frame.filename)
-    return any(part in next(lines, "") for part in OURS)
+    innermost = next(lines, "")
+    return any(part in innermost for part in OURS)
 
 
 @contextmanager
