@@ -84,11 +84,10 @@ class Auto:
         paths = paths[:, : plan.depth]
         for path in paths:
             self.chooser.drafted(plan.depth, path, np.arange(1, plan.depth + 1))
-        spent = float(self.world.costs.draft_seconds(requests, requests, plan.depth))
         lengths = prefix_lengths(
             [self.calibration.worth(path) for path in paths],
             self.world.costs,
-            spent,
+            plan.depth,
             at_least=PROBED_NODES if plan.is_probe else 0,
         )
         accepted = int(sum(a[:n].sum() for a, n in zip(right, lengths, strict=True)))

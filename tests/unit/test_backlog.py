@@ -1,8 +1,9 @@
-"""Rows that the draft reads later."""
+"""Rows that the draft reads later, and the line about what the budget allowed."""
 
 import torch
 
 from vllm_msd.vllm_plugin.cpu.backlog import MAX_BYTES, Backlog
+from vllm_msd.vllm_plugin.cpu.tally import Tally
 
 
 def rows(*values: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,3 +39,19 @@ def test_a_preempted_request_owes_nothing():
 
 def test_hidden_states_are_bounded_in_bytes():
     assert Backlog(10**9, 1024).capacity == MAX_BYTES // 1024
+
+
+def test_a_line_about_steps():
+    lines, now = [], [0.0]
+    tally = Tally(lines.append, 10.0, lambda: now[0])
+    tally.add(8, [4, 1])
+    tally.add(0, [])
+    assert lines == []
+    now[0] = 10.0
+    tally.add(4, [3])
+    assert lines == [
+        "MSD drafted in 2 of 3 steps: 6.7 nodes a request, of which 2.7 were to be verified."
+    ]
+    now[0] = 20.0
+    tally.add(0, [])
+    assert lines[1:] == ["MSD drafted in 0 of 1 steps."]

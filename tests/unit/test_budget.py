@@ -126,13 +126,14 @@ def test_lengths_are_the_best_of_all_combinations():
     seen = set()
     for _ in range(60):
         worths = [np.sort(rng.random(rng.integers(0, 4)))[::-1] ** 2 for _ in range(3)]
-        table = costs(0.05, 0.001, rng.choice([0.001, 0.02, 0.2]), 0.0, 0.0)
-        found = prefix_lengths(worths, table, 0.01)
+        table = costs(0.05, 0.001, rng.choice([0.001, 0.02, 0.2]), 0.01, 0.004)
+        found = prefix_lengths(worths, table, depth=3)
         every = np.stack(np.meshgrid(*(np.arange(len(w) + 1) for w in worths)), -1).reshape(-1, 3)
 
         def of(lengths, worths=worths, table=table):
             tokens = 3 + sum(w[:n].sum() for w, n in zip(worths, lengths, strict=True))
-            return tokens / (table.step_seconds(3, 3 + sum(lengths)) + 0.01)
+            rows = 3 + sum(lengths)
+            return tokens / (table.step_seconds(3, rows) + table.draft_seconds(3, rows, 3))
 
         assert of(found) == pytest.approx(max(map(of, every)))
         seen.add(sum(found))
@@ -145,7 +146,7 @@ def test_a_request_gets_a_prefix_whatever_rounding_did():
     assert prefix_lengths([np.array([0.9, 0.1, 0.1])], costs(1, 0, 0.12, 0, 0)) == [1]
     lengths = prefix_lengths([np.array([0.0, 0.0]), np.array([0.9])], CHEAP_ROWS, at_least=5)
     assert lengths == [0, 1]
-    assert best_count(np.zeros(5), 1, costs(1, 0, 0, 0, 0), 0.0) == 0  # the fewest at a tie
+    assert best_count(np.zeros(5), 1, costs(1, 0, 0, 0, 0), 0) == 0  # the fewest at a tie
     assert prefix_lengths([], CHEAP_ROWS) == []
 
 

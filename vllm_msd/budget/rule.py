@@ -17,14 +17,14 @@ Array = NDArray[np.float64]
 
 
 def prefix_lengths(
-    worths: Sequence[Array], costs: CostTable, draft_seconds: float = 0.0, at_least: int = 0
+    worths: Sequence[Array], costs: CostTable, depth: int = 0, at_least: int = 0
 ) -> list[int]:
     """How many nodes each of R requests has verified.
 
     Args:
         worths: for each request the worths of its nodes in their order, ``[nodes]``, possibly none.
         costs: of the machine.
-        draft_seconds: what drafting took for this step.
+        depth: levels that were drafted, and will be again.
         at_least: nodes to verify in any case, where there are as many.
     """
     requests = len(worths)
@@ -33,16 +33,17 @@ def prefix_lengths(
     flat = np.concatenate(ordered) if ordered else np.zeros(0)
     owner = np.repeat(np.arange(requests), [len(w) for w in worths])
     order = np.argsort(-flat, kind="stable")
-    count = best_count(flat[order], requests, costs, draft_seconds)
+    count = best_count(flat[order], requests, costs, depth)
     count = max(count, min(at_least, int((flat > 0).sum())))
     return np.bincount(owner[order[:count]], minlength=requests).tolist()
 
 
-def best_count(worths: Array, requests: int, costs: CostTable, draft_seconds: float) -> int:
+def best_count(worths: Array, requests: int, costs: CostTable, depth: int) -> int:
     """How many of ``worths [n]``, falling, make the rate highest; the fewest at a tie."""
     tokens = requests + np.concatenate([[0.0], np.cumsum(worths)])
     rows = requests + np.arange(len(tokens))
-    return int(np.argmax(tokens / (costs.step_seconds(requests, rows) + draft_seconds)))
+    seconds = costs.step_seconds(requests, rows) + costs.draft_seconds(requests, rows, depth)
+    return int(np.argmax(tokens / seconds))
 
 
 def best_rate(worths: Array, counts: Array, requests: int, costs: CostTable, depth: int) -> float:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 
@@ -26,7 +28,10 @@ from vllm_msd.tree import DraftTree, TreeConfig, TreeShape
 from vllm_msd.vllm_plugin.configuration.tree_settings import auto_shapes
 from vllm_msd.vllm_plugin.cpu.backlog import Backlog
 from vllm_msd.vllm_plugin.cpu.step import StepNodes
+from vllm_msd.vllm_plugin.cpu.tally import Tally
 from vllm_msd.vllm_plugin.cpu.tree_drafter import TreeProposer
+
+logger = init_logger("vllm.vllm_msd")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class AutoProposer(TreeProposer):
         self.spent = Spent()
         self.plan = DraftPlan(0)
         self.drafted = None
+        self.tally = Tally(logger.info, float(envs.VLLM_LOG_STATS_INTERVAL))
 
     def use(self, config: TreeConfig, costs: CostTable) -> None:
         """Draft trees of this shape from now on; called before the first request."""
@@ -166,7 +172,12 @@ class AutoProposer(TreeProposer):
     def _next_plan(self, requests: int) -> DraftPlan:
         if self.forced is not None:
             return DraftPlan(self.forced.depth)
-        return self.chooser.next(requests) if any(self.limits) else DraftPlan(0)
+        if not any(self.limits):
+            return DraftPlan(0)
+        plan = self.chooser.next(requests)
+        if plan.depth == 0:
+            self.tally.add(0, [])
+        return plan
 
     def _lengths(self, tree: DraftTree, most: int) -> list[int]:
         """How many nodes of each request are verified, and note what was drafted."""
@@ -178,13 +189,14 @@ class AutoProposer(TreeProposer):
         for request, limit in enumerate(self.limits):
             if limit:
                 self.chooser.drafted(self.plan.depth, probabilities[request], depths[request])
-        requests = len(worths)
-        return prefix_lengths(
+        lengths = prefix_lengths(
             [own[: min(limit, most)] for own, limit in zip(worths, self.limits, strict=True)],
             self.costs,
-            float(self.costs.draft_seconds(requests, requests, self.plan.depth)),
+            self.plan.depth,
             at_least=PROBED_NODES if self.plan.is_probe else 0,
         )
+        self.tally.add(probabilities.shape[1], lengths)
+        return lengths
 
     def _reads_prompts(self) -> bool:
         """Whether the step has rows of a prompt, which may show images: they are read at once."""

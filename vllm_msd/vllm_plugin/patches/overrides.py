@@ -14,11 +14,12 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_overrides(cls: type) -> None:
-    """Compare each method marked with `typing_extensions.override` with what it replaces.
+    """Compare each method marked with `typing_extensions.override` with vLLM's that it replaces.
 
-    Parameter names must be the same; a method that ends in ``*args, **kwargs`` has to name the
-    first ones only, and further ones of ours need a default. Methods of bases of ours count, as a
-    class mixed in before vLLM's has nothing to replace by itself.
+    Classes of ours in between are passed over where they are marked, too. Parameter names must be
+    the same; a method that ends in ``*args, **kwargs`` has to name the first ones only, and further
+    ones of ours need a default. Methods of bases of ours are compared as well, as a class mixed in
+    before vLLM's has nothing to replace by itself.
 
     Raises:
         PatchError: vLLM has no such method, or it takes other parameters.
@@ -32,7 +33,10 @@ def check_overrides(cls: type) -> None:
 
 
 def _check(name: str, method: Callable[..., Any], bases: Sequence[type]) -> None:
-    replaced = next((vars(base)[name] for base in bases if name in vars(base)), None)
+    those = (vars(base)[name] for base in bases if name in vars(base))
+    replaced = next(
+        (method for method in those if not getattr(method, "__override__", False)), None
+    )
     where = f"{bases[0].__name__}.{name}"
     if replaced is None:
         raise PatchError(_message(f"{where} is missing"))
