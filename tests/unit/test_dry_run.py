@@ -44,6 +44,7 @@ def test_nothing_is_loaded_or_written(place, capsys, monkeypatch, tmp_path):
     flags = [
         "train", "--target", place["target"], "--output", str(tmp_path / "run"), "--text-data",
         place["text_data"][0], "--multimodal-data", place["multimodal_data"][0], "--dry-run",
+        "--steps", "80",
         "--device", "cpu",
     ]  # fmt: skip
     assert main(flags) == 0

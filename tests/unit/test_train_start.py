@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from demo_factory.write_data import write_data
 from tests.common import tiny
 from tests.common.conversations import write_conversations
+from vllm_msd.demo.paths import demo_pair
 from vllm_msd.draft import DraftRows, MSDDraft, MSDDraftConfig
 from vllm_msd.training import TrainSettings
 from vllm_msd.training.engine import Trainer
@@ -167,6 +169,23 @@ def test_defaults_learn_whatever_the_sizes_of_the_target(tmp_path):
         assert curve[-1][1] > min(agreement for _, agreement in curve), (stream, hidden, curve)
         if stream == 30:  # all in proportion: the same run but for rounding
             assert curve[-1] == pytest.approx(usual[-1], rel=0.1)
+
+
+@pytest.mark.long
+def test_defaults_learn_on_the_demos_target(tmp_path):
+    data = write_data(tmp_path / "data", 30, seed=5)
+    settings = TrainSettings(
+        target=str(demo_pair().target), output=str(tmp_path / "run"), device="cpu",
+        text_data=[str(data["text"])], multimodal_data=[str(data["multimodal"])], batch_size=4,
+        target_dtype="float32", curriculum="mixed", steps=16, log_every=4, eval_records=0,
+    )  # fmt: skip
+    Trainer(settings).run()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    first, last = rows[0], rows[-1]
+    assert max(last["cross_entropy"]) < 0.6 * math.log(2048)
+    assert sum(last["cross_entropy"]) < 0.8 * sum(first["cross_entropy"])
+    assert all(b > a for a, b in zip(first["agreement"], last["agreement"], strict=True))
+    assert min(last["agreement"]) > 0.35
 
 
 def test_a_run_that_does_not_learn_says_so(tmp_path, capsys):

@@ -5,7 +5,8 @@
     train(TrainSettings.load("run.yaml", output="drafts/mine"))
 
 `settings` is the one table of options, `data` reads and renders conversations, `targets` runs the
-frozen target, `engine` is the loop; `losses`, `curriculum` and `unroll` are the mathematics.
+frozen target, `measure` and `start` find where to begin, `engine` is the loop; `losses`,
+`curriculum`, `units` and `unroll` are the mathematics.
 """
 
 from typing import Any
