@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.common import tiny
 from tests.common.worker import run_worker
 
+pytestmark = pytest.mark.long
 CASES = ["as measured"] + [
     f"{shape}, {how}"
     for shape in ("chain", "tree")
@@ -68,5 +69,5 @@ def test_draft_catches_up_with_what_it_left_out(report, shape):
 def test_a_wrong_draft_is_hardly_asked(report):
     wrong = report["wrong"]
     assert wrong["same"] and wrong["rejected"] > 0
-    assert wrong["steps"] > 300
-    assert wrong["drafting_steps"] < 0.05 * wrong["steps"]
+    assert wrong["steps"] > 100
+    assert wrong["drafting_steps"] < 0.07 * wrong["steps"]  # what is left are probes
