@@ -251,3 +251,27 @@ def test_acceptance_equals_a_walk_down(seed):
         assert result.lengths.tolist() == [len(path) - 1]
         assert result.nodes[0, : len(path)].tolist() == path
         assert next_roots(result).tolist() == [target[path[-1]]]
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_scores_are_log_probabilities_of_paths(top_k):
+    """By hand from the logits that a made-up draft gives after each token."""
+    torch.manual_seed(7)
+    vocab, batch = 11, 2
+    after = 2 * torch.randn(vocab, vocab)
+    roots = torch.tensor([3, 8])
+
+    def expand(tokens, hidden, visible, level):
+        return after[tokens], hidden
+
+    shape = TreeShape(total_tokens=6, depth=4, top_k=top_k)
+    tree = grow_tree(roots, after[roots], torch.zeros(batch, 4), expand, shape)
+    assert tree.scores.shape == (batch, 6) and (tree.scores[:, 0] == 0).all()
+    assert (tree.scores.diff() <= 0).all()  # best-first
+    for one in tree.by_request():
+        tokens, parents = one.tokens[0].tolist(), one.parents[0].tolist()
+        for node in range(1, 6):
+            path = walk_up(parents, node)
+            steps = itertools.pairwise(tokens[n] for n in path)
+            expected = sum(after[a].log_softmax(0)[b] for a, b in steps)
+            torch.testing.assert_close(one.scores[0, node], expected)

@@ -32,6 +32,14 @@ def test_best_path_comes_first_and_only_where_asked():
     assert torch.equal(got.ancestors[1], tree.ancestors[1])
 
 
+def test_what_stands_behind_the_best_path_scores_nothing():
+    scores = -torch.arange(8.0).expand(2, 8)
+    tree = DraftTree.from_parents(torch.arange(8).expand(2, 8), PARENTS.expand(2, 8), scores=scores)
+    got = lay_out_chains(tree, torch.tensor([True, False])).scores
+    assert got[0].tolist() == [0, -1, -5, -7, *[-torch.inf] * 4]
+    assert torch.equal(got[1], scores[1])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_trees(seed):
     torch.manual_seed(seed)

@@ -170,3 +170,13 @@ def test_nothing_is_read_on_the_host():
     store.put(batch.node_slots[:2], store.chain)
     batch.begin(store)
     assert store.shift(batch.node_slots, batch.nodes).is_meta
+
+
+def test_a_smaller_tree_is_kept_in_front():
+    store = TreeStore(SLOTS, ROWS, NODES)
+    parents = torch.tensor([[-1, 0, 0, 1]])
+    store.put(slice(2, 3), DraftTree.from_parents(torch.zeros_like(parents), parents))
+    assert store.parents[2, :4].tolist() == parents[0].tolist()
+    assert store.depths[2, :4].tolist() == [0, 1, 1, 2]
+    assert store.shift(torch.tensor([2, 2]), torch.tensor([2, 3])).tolist() == [-1, -1]
+    assert store.parents[1].tolist() == list(range(-1, NODES - 1))

@@ -15,7 +15,8 @@ def lay_out_chains(tree: DraftTree, as_chain: Tensor) -> DraftTree:
     """Turn the trees of some requests into chains of the same nodes. Reads nothing on the host.
 
     The root's first child, its first child and so on come first, in the order of the draft's own
-    preference; the other nodes stand behind them, where they are hardly ever accepted.
+    preference; the other nodes stand behind them, where they are hardly ever accepted and score
+    minus infinity.
 
     Args:
         tree: B trees.
@@ -31,8 +32,13 @@ def lay_out_chains(tree: DraftTree, as_chain: Tensor) -> DraftTree:
     is_best = tree.ancestors & others == 0  # a first child, as are all its ancestors
     order = is_best.long().sort(dim=1, descending=True, stable=True).indices
     turn = as_chain[:, None]
+    scores = tree.scores
+    if scores is not None:
+        ordered = scores.gather(1, order).masked_fill(~is_best.gather(1, order), -torch.inf)
+        scores = torch.where(turn, ordered, scores)
     return DraftTree.from_parents(
         torch.where(turn, tree.tokens.gather(1, order), tree.tokens),
         torch.where(turn, chain, parents),
         check=False,
+        scores=scores,
     )

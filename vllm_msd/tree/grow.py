@@ -76,7 +76,7 @@ def grow_tree(
     expand: ExpandFn,
     shape: TreeShape,
 ) -> DraftTree:
-    """Grow one tree per request.
+    """Grow one tree per request, with its ``scores``.
 
     Args:
         root_tokens: ``[B]`` int64 the sampled tokens.
@@ -145,4 +145,5 @@ def _rerank(
         torch.cat([root_tokens[:, None], tokens.gather(1, kept)], 1),
         torch.cat([root, nodes], 1),
         check=False,
+        scores=torch.nn.functional.pad(scores.gather(1, kept), (1, 0)),
     )

@@ -22,12 +22,14 @@ class DraftTree:
                  3                             [0b0001 0b0011 0b0101 0b1011]
 
     All tensors are ``[B, T]`` int64. The root is the sampled token that was not drafted.
+    ``scores``, where known: ``[B, T]`` float32, the draft's log probability of each node's path.
     """
 
     tokens: Tensor
     parents: Tensor
     depths: Tensor
     ancestors: Tensor
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "parents", "depths", "ancestors"):
@@ -46,13 +48,16 @@ class DraftTree:
         return self.tokens.shape[1]
 
     @classmethod
-    def from_parents(cls, tokens: Tensor, parents: Tensor, check: bool = True) -> "DraftTree":
+    def from_parents(
+        cls, tokens: Tensor, parents: Tensor, check: bool = True, scores: Tensor | None = None
+    ) -> "DraftTree":
         """Build the record from ``[B, T]`` tokens and parents (-1 at the root only).
 
         Args:
             tokens: int64 token of each node.
             parents: int64 parent of each node.
             check: look at the contents of ``parents``, which waits for the device.
+            scores: float32 log probability of each node's path.
 
         Raises:
             ValueError: a node does not come after its parent, or there are too many nodes.
@@ -62,9 +67,11 @@ class DraftTree:
             (parents >= node).any() or (parents[:, 1:] < 0).any() or (parents[:, 0] != -1).any()
         ):
             raise ValueError("parents: expected -1 at node 0 and an earlier node everywhere else")
-        return cls(tokens, parents, *tree_relations(parents))
+        return cls(tokens, parents, *tree_relations(parents), scores)
 
     def by_request(self) -> list["DraftTree"]:
         """The trees one by one, ``[1, T]`` each; views."""
-        relations = (self.tokens, self.parents, self.depths, self.ancestors)
-        return [DraftTree(*one) for one in zip(*(x.split(1) for x in relations), strict=True)]
+        fields = [self.tokens, self.parents, self.depths, self.ancestors]
+        if self.scores is not None:
+            fields.append(self.scores)
+        return [DraftTree(*one) for one in zip(*(x.split(1) for x in fields), strict=True)]

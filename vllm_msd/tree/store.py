@@ -64,10 +64,11 @@ class TreeStore:
         self.accepted: list[AcceptedPaths] = []
 
     def put(self, slots: Tensor | slice, tree: DraftTree) -> None:
-        """Keep the trees of R requests under their slots (``[R]`` int64)."""
-        self.parents[slots] = tree.parents
-        self.depths[slots] = tree.depths
-        self.ancestors[slots] = tree.ancestors
+        """Keep the trees of R requests under their slots (``[R]`` int64); they may be smaller."""
+        nodes = slice(tree.num_nodes)
+        self.parents[slots, nodes] = tree.parents
+        self.depths[slots, nodes] = tree.depths
+        self.ancestors[slots, nodes] = tree.ancestors
 
     def put_chain(self, slot: int) -> None:
         """Forget the tree of a slot: its next drafts are a chain."""
