@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     ("",),  # the modules beside the rooms: errors, provenance, ...
     ("draft", "tree", "checkpoint", "kernels"),
+    ("budget",),
     ("training", "roofline"),
     ("vllm_plugin",),
     ("measure",),
     ("demo",),
     ("cli",),
 )
-WITHOUT_VLLM = ("", "draft", "tree", "checkpoint", "kernels", "training", "roofline")
+WITHOUT_VLLM = ("", "draft", "tree", "checkpoint", "kernels", "training", "roofline", "budget")
 # What the package imports from beside it: commands that only work in a checkout, and say so.
 IN_A_CHECKOUT = {
     ("vllm_msd.cli.demo_commands", "demo_factory.build"),

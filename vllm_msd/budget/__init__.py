@@ -1,0 +1,27 @@
+"""How much to draft: the budget of drafted nodes that makes a whole step the fastest.
+
+``costs.py`` is what a step takes, measured or by arithmetic; ``worth.py`` what a node is worth, its
+path probability set against what was accepted; ``rule.py`` weighs the one against the other for all
+requests of a step; ``depth.py`` decides how deep to draft next, down to not at all; ``shapes.py``
+chooses between a chain and a tree once, at start. Nothing here knows vLLM or reads a clock, and no
+choice made here changes an output: the target decides every token whatever was drafted.
+"""
+
+from vllm_msd.budget.costs import CostTable
+from vllm_msd.budget.depth import DepthChooser, DraftPlan
+from vllm_msd.budget.rule import best_rate, prefix_lengths
+from vllm_msd.budget.shapes import AUTO, choose_shape, expected_tree
+from vllm_msd.budget.worth import AcceptancePrior, Calibration
+
+__all__ = [
+    "AUTO",
+    "AcceptancePrior",
+    "Calibration",
+    "CostTable",
+    "DepthChooser",
+    "DraftPlan",
+    "best_rate",
+    "choose_shape",
+    "expected_tree",
+    "prefix_lengths",
+]
