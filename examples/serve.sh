@@ -5,10 +5,11 @@
 #   examples/serve.sh --port 8123 --max-num-seqs 8     the demo pair, with more `vllm serve` options
 #   TARGET=llava-hf/llava-1.5-7b-hf DRAFT=lucylyn/MSD-LLaVA1.5-7B examples/serve.sh
 #   TARGET=llava-hf/llava-1.5-7b-hf examples/serve.sh  the draft that belongs to the target
-#   TOKENS=16 DEPTH=5 TOP_K=4 examples/serve.sh        trees of 16 nodes instead of chains of 5
+#   TOKENS=5 examples/serve.sh                         chains of 5, whatever pays
+#   TOKENS=16 DEPTH=5 TOP_K=4 examples/serve.sh        trees of 16 nodes
 #
-# Environment: TARGET, DRAFT (hub names or folders), TOKENS (drafted per verification, 5), and for
-# trees DEPTH and TOP_K.
+# Environment: TARGET, DRAFT (hub names or folders), TOKENS (drafted per verification; without it what
+# pays), and for trees DEPTH and TOP_K.
 # Then: python examples/openai_client.py
 set -euo pipefail
 
@@ -17,7 +18,6 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     exit 0
 fi
 
-tokens=${TOKENS:-5}
 options=()
 if [[ -z "${TARGET:-}" ]]; then
     paths=$(vllm-msd demo paths)
@@ -29,10 +29,15 @@ if [[ -z "${TARGET:-}" ]]; then
     options+=(--served-model-name msd-demo --dtype float32 --enforce-eager)
     options+=(--kv-cache-memory-bytes 268435456)
 fi
-# On a CPU vLLM leaves one core to other work; a small machine needs all of them.
-export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
+# What a CPU needs to be used fully: preloaded libraries, and no idle core on a small machine.
+if [[ ! -e /dev/nvidiactl ]]; then
+    eval "$(vllm-msd env)"
+fi
 
-config="{\"method\": \"msd\", \"num_speculative_tokens\": $tokens"
+config="{\"method\": \"msd\""
+if [[ -n "${TOKENS:-}" ]]; then
+    config+=", \"num_speculative_tokens\": $TOKENS"
+fi
 if [[ -n "${DEPTH:-}" ]]; then
     config+=", \"tree_depth\": $DEPTH, \"tree_top_k\": ${TOP_K:-4}"
 fi

@@ -17,7 +17,7 @@ BROKEN = Finding("plugin", "entry point", "none", fix="install it")
 def _report(monkeypatch, capsys, findings, as_json=False):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     monkeypatch.setattr(doctor, "examine", lambda: findings)
-    code = doctor.run(argparse.Namespace(json=as_json))
+    code = doctor.run(argparse.Namespace(json=as_json, target=None))
     return code, capsys.readouterr().out
 
 
@@ -133,3 +133,24 @@ def test_rows_of_a_tree_by_device(monkeypatch):
     known, unknown = _rows_of_a_tree(monkeypatch, "NVIDIA H200", "NVIDIA H200", "Tesla T4")
     assert "under about 160 (arithmetic, not measured)" in known
     assert "unknown on Tesla T4" in unknown
+
+
+# Costs of a target ------------------------------------------------------------------------------
+
+
+def test_costs_of_a_target(monkeypatch, tmp_path):
+    pytest.importorskip("vllm")
+    from vllm_msd.budget import CostTable
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    assert [f.name for f in doctor.costs("org/t")] == ["org/t"]
+    folder = tmp_path / "msd_costs"
+    folder.mkdir()
+    table = CostTable(((1, 1, 0.01), (1, 5, 0.02)), ((1, 0.001),), ((1, 0.0015),))
+    key = {"model": "org/t", "shape": [8, 8, 1], "dtype": "torch.float32"}
+    table.save(folder / "a.json", key)
+    table.save(folder / "b.json", {**key, "model": "org/other"})
+    (folder / "c.json").write_text("{")
+    (found,) = doctor.costs("org/t")
+    assert found.name == "chain of 8, float32" and found.fix is None
+    assert "1: 10.0 and 20.0" in found.value and "level of the draft 1.5" in found.value

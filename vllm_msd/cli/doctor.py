@@ -24,7 +24,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        section: ``installed``, ``vllm``, ``plugin``, ``demo`` or ``machine``.
+        section: ``installed``, ``vllm``, ``plugin``, ``demo``, ``machine`` or ``costs``.
         name: what was looked at.
         value: what was found.
         fix: what to do about it; None when nothing needs doing.
@@ -42,6 +42,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "doctor", help="show what is installed, what vLLM will use, and what to fix"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--target", metavar="T", help="also show what steps of this target were found to cost here"
+    )
     parser.set_defaults(func=run)
 
 
@@ -52,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         logging.getLogger("vllm").setLevel(logging.ERROR)
     findings = examine()
+    if args.target is not None:
+        findings.extend(costs(args.target))
     problems = [finding for finding in findings if finding.fix is not None]
     if args.json:
         report = {"ok": not problems, "findings": [asdict(finding) for finding in findings]}
@@ -281,6 +286,50 @@ def _machine() -> Iterator[Finding]:
     yield from _compiler()
 
 
+def _cpu_environment() -> Iterator[Finding]:
+    """What would make vLLM faster on a CPU; it works without, so there is nothing to fix."""
+    if not _vllm_found():
+        return
+    from vllm.platforms import current_platform
+
+    from vllm_msd.cpu_environment import emulates, shortcomings
+
+    if not current_platform.is_cpu():
+        return
+    for shortcoming in shortcomings(os.environ):
+        yield Finding("machine", "speed", shortcoming)
+    if emulated := [dtype for dtype in ("bfloat16", "float16") if emulates(dtype)]:
+        value = f"{' and '.join(emulated)} emulated: serve with --dtype float32"
+        yield Finding("machine", "speed", value)
+
+
+def costs(target: str) -> Iterator[Finding]:
+    """The cost tables that servers of this target left on this machine, newest first."""
+    from vllm import envs
+
+    from vllm_msd.budget.costs import CostTable
+
+    folder = Path(envs.VLLM_CACHE_ROOT) / "msd_costs"
+    wanted = {target, str(Path(target).resolve())}
+    found = 0
+    for path in sorted(folder.glob("*.json"), key=lambda p: -p.stat().st_mtime):
+        try:
+            key = json.loads(path.read_text())["key"]
+        except (ValueError, KeyError, TypeError):
+            continue  # damaged: the next server measures again
+        table = CostTable.load(path, key)
+        if table is None or key.get("model") not in wanted:
+            continue
+        found += 1
+        nodes, depth, top_k = key["shape"]
+        what = f"chain of {nodes}" if top_k == 1 else f"tree {nodes}, {depth}, {top_k}"
+        name = f"{what}, {key['dtype'].removeprefix('torch.')}"
+        yield Finding("costs", name, table.gist())
+    if not found:
+        value = "none measured yet: the first server without given sizes does, at its start"
+        yield Finding("costs", target, value)
+
+
 def _compiler() -> Iterator[Finding]:
     """torch.compile, which vLLM uses unless ``enforce_eager``, builds C++ on a CPU."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
@@ -319,5 +368,6 @@ CHECKS: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
     ("plugin", _patches),
     ("demo", _demo_pair),
     ("machine", _machine),
+    ("machine", _cpu_environment),
     ("machine", _tree_rows),
 )

