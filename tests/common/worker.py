@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HANGS = 1800
 INTERPRETER = REPOSITORY / "tests" / "common" / "triton_interpreter"
 JOBS = {
+    "auto": "tests.common.auto_drafting:auto_drafting",
     "acceptance_counters": "tests.common.acceptance_counters:acceptance_counters",
     "chain": "tests.common.chain_identity:chain_identity",
     "draft_rows": "tests.common.draft_rows:draft_rows",

@@ -133,6 +133,16 @@ def test_trees_of_different_sizes_in_one_step():
     assert [m.value for m in found if m.name == "vllm:msd_drafted_nodes"] == [2 * 5 * TOKENS]
 
 
+def test_sizes_that_vary_have_no_series_of_drafted_nodes():
+    unregister_vllm_metrics()
+    series = TreeSeries(PrometheusCounter, TOKENS, 4, ["engine"], {0: ["0"]}, is_fixed=False)
+    stats = SpecDecodingStats.new(TOKENS)
+    stats.observe_draft(3, 2)
+    series.observe(stats, 0)
+    names = {m.name for m in get_metrics_snapshot()}
+    assert "vllm:msd_drafted_nodes" not in names and "vllm:msd_verifications" in names
+
+
 def test_other_engines_have_no_series_of_trees():
     unregister_vllm_metrics()
     SpecDecodingProm(None, ["model_name"], {0: ["a"]})

@@ -145,7 +145,7 @@ def test_drafts_were_accepted_and_rejected(msd_server, outcomes):
     metrics = msd_server.metrics()
     accepted = metrics["vllm:spec_decode_num_accepted_tokens_total"]
     verified = metrics["vllm:spec_decode_num_draft_tokens_total"]
-    assert 0 < accepted < verified <= metrics["vllm:msd_drafted_nodes_total"]
+    assert 0 < accepted < verified
     assert metrics["vllm:msd_accepted_tokens_per_depth_total"] == accepted
     assert metrics["vllm:msd_verifications_total"] == metrics["vllm:spec_decode_num_drafts_total"]
 
@@ -154,6 +154,26 @@ def test_answers_after_the_storm_are_the_same(msd_server, outcomes, questions, p
     body = _body("good", 0, questions[0])
     reply = httpx.post(f"{msd_server.url}/v1/chat/completions", json=body, timeout=HANGS)
     assert reply.json()["choices"][0]["message"]["content"] == plain_texts[0]
+
+
+def test_one_request_can_have_fewer_drafts_or_none(msd_server, questions, plain_texts):
+    def ask_with(**options: Any) -> tuple[httpx.Response, dict[str, float]]:
+        before = msd_server.metrics()
+        body = _body("good", 0, questions[0]) | {"vllm_xargs": options}
+        reply = httpx.post(f"{msd_server.url}/v1/chat/completions", json=body, timeout=HANGS)
+        after = msd_server.metrics()
+        return reply, {name: after[name] - before.get(name, 0.0) for name in after}
+
+    verifications, nodes = (f"vllm:spec_decode_num_{x}_total" for x in ("drafts", "draft_tokens"))
+    for options, most in (({"msd": False}, 0), ({"msd_max_nodes": 2}, 2), ({"msd": True}, None)):
+        reply, counted = ask_with(**options)
+        assert reply.json()["choices"][0]["message"]["content"] == plain_texts[0]
+        assert (counted[verifications] > 0) == (most != 0)
+        assert most is None or counted[nodes] <= most * counted[verifications]
+    for options in ({"msd": "never"}, {"msd_max_nodes": -1}):
+        reply, _ = ask_with(**options)
+        assert reply.status_code == 400 and next(iter(options)) in reply.text
+    assert msd_server.is_up()
 
 
 def test_nothing_is_left_running(msd_server, outcomes):

@@ -49,13 +49,13 @@ def test_each_layout_becomes_our_draft_class(pairs, kind, layout):
     assert hf_config.rope_parameters["rope_theta"] == draft.rope_theta
 
 
-def test_number_of_tokens_comes_from_the_draft_unless_given(pair, tmp_path):
+def test_number_of_tokens_comes_from_the_draft_where_a_chain_is_asked_for(pair, tmp_path):
     config = json.loads((Path(pair.draft) / "config.json").read_text())
     draft = tmp_path / "draft"
     draft.mkdir()
     (draft / "model.safetensors").symlink_to(Path(pair.draft) / "model.safetensors")
     (draft / "config.json").write_text(json.dumps({**config, "num_speculative_tokens": 4}))
-    request = {"method": "msd", "model": str(draft)}
+    request = {"method": "msd", "model": str(draft), "tree_top_k": 1}
     assert configure(pair.target, request).num_speculative_tokens == 4
     request["num_speculative_tokens"] = 2
     assert configure(pair.target, request).num_speculative_tokens == 2

@@ -6,6 +6,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin.configuration import engine_args
+from vllm_msd.vllm_plugin.configuration.auto_sizes import TREE
+
+AUTO = TREE.num_nodes  # room for the largest that the plugin may choose
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -18,21 +21,22 @@ def parser():
 @pytest.mark.parametrize(
     ("flags", "tokens"),
     [
-        (["--speculative-model", "msd"], 5),
+        (["--speculative-model", "msd"], AUTO),
         (["--speculative-model=msd", "--num-speculative-tokens", "3"], 3),
+        (["--speculative-model=msd", "--num-speculative-tokens", "auto"], AUTO),
         (["--speculative_model", "msd", "--num_speculative_tokens=3"], 3),
-        (["--speculative-model", "DRAFT"], 5),
+        (["--speculative-model", "DRAFT"], AUTO),
         (["--speculative-model", "PUBLISHED", "--spec-tokens", "2"], 2),
-        (["--spec-method", "msd"], 5),
+        (["--spec-method", "msd"], AUTO),
         (["--spec-method", "msd", "--spec-model", "DRAFT", "--spec-tokens", "4"], 4),
-        (["--spec-model", "msd"], 5),
-        (["--spec-model", "DRAFT"], 5),
+        (["--spec-model", "msd"], AUTO),
+        (["--spec-model", "DRAFT"], AUTO),
         (["--speculative-config", '{"method": "msd", "num_speculative_tokens": 6}'], 6),
-        (["--speculative-config", '{"method": "msd", "model": "DRAFT"}'], 5),
-        (["--speculative-config.method", "msd", "--speculative-config.model", "DRAFT"], 5),
+        (["--speculative-config", '{"method": "msd", "model": "DRAFT"}'], AUTO),
+        (["--speculative-config.method", "msd", "--speculative-config.model", "DRAFT"], AUTO),
         (["--speculative-config", '{"num-speculative-tokens": 7}', "--speculative-model=msd"], 7),
         (["--speculative-config", '{"method": "msd"}', "--num-speculative-tokens", "1"], 1),
-        (["--speculative-config", '{"method": "msd"}', "--speculative-model", "DRAFT"], 5),
+        (["--speculative-config", '{"method": "msd"}', "--speculative-model", "DRAFT"], AUTO),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ LAYER_TYPES = ("llama", "qwen2")
 DTYPES = ("float32", "float16", "bfloat16")
 # A damaged number must not make readers list the weights of 10**30 layers.
 MAX_LAYERS = 256
-OPTIONAL_FIELDS = ("tree_depth", "tree_top_k")
+OPTIONAL_FIELDS = ("tree_depth", "tree_top_k", "msd_acceptance")
 
 # What the published layouts imply without saying it: the decoder layer's type, the q/k/v bias, the
 # input norm of layer 0, and the rotary base when the file names none.
@@ -78,8 +78,9 @@ class MSDDraftConfig:
     ``input_norm`` and ``attention_bias`` tell the two published layer types apart: Llama-type
     drafts have neither, Qwen2-type drafts have both. Later layers of a deeper draft always have an
     input norm. ``num_speculative_tokens``, ``tree_depth`` and ``tree_top_k`` are the defaults the
-    draft is served with; without the last two it drafts chains. Raises `ConfigError` when a value
-    is impossible.
+    draft is served with; without the last two it drafts chains. ``msd_acceptance`` is what an
+    evaluation found the target to accept (`vllm_msd.budget.AcceptancePrior`). Raises `ConfigError`
+    when a value is impossible.
     """
 
     layer_type: str
@@ -101,6 +102,7 @@ class MSDDraftConfig:
     num_speculative_tokens: int = 5
     tree_depth: int | None = None
     tree_top_k: int | None = None
+    msd_acceptance: Mapping[str, Any] | None = None
     target: TargetInfo = TargetInfo()
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ class MSDDraftConfig:
                 f"num_hidden_layers: got {self.num_hidden_layers}, expected at most {MAX_LAYERS}. "
                 "Is this the folder of an MSD draft? Most have one layer."
             )
-        for name in OPTIONAL_FIELDS:
+        for name in ("tree_depth", "tree_top_k"):
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):

@@ -5,6 +5,9 @@ verifications, `num_draft_tokens` the nodes verified, and a position is a depth.
 is vLLM's too (`--per-request-spec-decode-metrics`). Missing are how large the verified trees were,
 how many nodes were drafted for them, and depths by name.
 
+Where the plugin chooses sizes itself, the sizes of verifications are what its budget allowed; how
+many nodes were drafted for them is known to the worker only, and has no series.
+
 The series are counters named `vllm:msd_...`: vLLM's Ray wrapper has only counters here, and vLLM
 unregisters and lists what starts with `vllm:`.
 """
@@ -27,10 +30,11 @@ class TreeSeries:
 
     Args:
         counter: the class of Prometheus counters, or its Ray twin.
-        num_nodes: nodes drafted for each verification.
+        num_nodes: nodes of the largest tree.
         depth: how deep they lie at most.
         labelnames: vLLM's labels (model and engine).
         engines: their values by engine index.
+        is_fixed: whether all of them are drafted for each verification.
     """
 
     def __init__(
@@ -40,8 +44,9 @@ class TreeSeries:
         depth: int,
         labelnames: list[str],
         engines: dict[int, list[object]],
+        is_fixed: bool = True,
     ) -> None:
-        drafted = counter(
+        drafted = is_fixed and counter(
             name="vllm:msd_drafted_nodes",
             documentation="Nodes drafted for the trees that were verified. The scheduler cuts a "
             "tree where its budget or the model's length ends: vllm:spec_decode_num_draft_tokens "
@@ -59,7 +64,9 @@ class TreeSeries:
             labelnames=[*labelnames, "depth"],
         )
         self._num_nodes = num_nodes
-        self._drafted = {index: drafted.labels(*values) for index, values in engines.items()}
+        self._drafted = {
+            index: drafted.labels(*values) for index, values in engines.items() if drafted
+        }
         self._verifications = {
             index: [verifications.labels(*values, str(n)) for n in range(num_nodes + 1)]
             for index, values in engines.items()
@@ -71,7 +78,8 @@ class TreeSeries:
 
     def observe(self, stats: SpecDecodingStats, engine: int) -> None:
         """Add one step of one engine."""
-        self._drafted[engine].inc(stats.num_drafts * self._num_nodes)
+        if self._drafted:
+            self._drafted[engine].inc(stats.num_drafts * self._num_nodes)
         # The n-th entry counts the trees of more than n nodes.
         larger = [stats.num_drafts, *stats.num_draft_tokens_per_pos, 0]
         for nodes, series in enumerate(self._verifications[engine]):
@@ -95,12 +103,18 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
         draft = getattr(speculative_config, "draft_model_config", None)
-        depth = getattr(getattr(draft, "hf_config", None), "msd_tree_depth", None)
+        hf_config = getattr(draft, "hf_config", None)
+        depth = getattr(hf_config, "msd_tree_depth", None)
         series = None
         if depth is not None:
-            num_nodes = speculative_config.num_speculative_tokens
+            shapes = hf_config.msd_auto
             series = TreeSeries(
-                self._counter_cls, num_nodes, depth, labelnames, per_engine_labelvalues
+                self._counter_cls,
+                speculative_config.num_speculative_tokens,
+                max([depth, *(shape[1] for shape in shapes)]),
+                labelnames,
+                per_engine_labelvalues,
+                is_fixed=not shapes,
             )
         setattr(self, _SERIES, series)
 

@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
+from vllm_msd.vllm_plugin.configuration.tree_settings import is_msd_config, wants_trees
 from vllm_msd.vllm_plugin.patches.patching import PatchError
 
 
 def is_msd(vllm_config: Any) -> bool:
     """Whether this engine speculates with an MSD draft."""
-    speculative_config = vllm_config.speculative_config
-    draft_model_config = getattr(speculative_config, "draft_model_config", None)
-    return hasattr(getattr(draft_model_config, "hf_config", None), "msd_draft")
+    return is_msd_config(vllm_config.speculative_config)
 
 
 def wrap_init_device(original: Callable[..., None]) -> Callable[..., None]:

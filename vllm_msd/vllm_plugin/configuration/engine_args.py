@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from os import PathLike, fspath
@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from vllm_msd.budget import AUTO
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin import METHOD
 from vllm_msd.vllm_plugin.configuration import guards, resolve, values
+from vllm_msd.vllm_plugin.configuration.auto_sizes import (
+    auto_shapes,
+    is_auto,
+    runs_v1_on_cpu,
+    settings_of,
+)
 from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
 
@@ -26,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_msd.draft import MSDDraftConfig
+    from vllm_msd.tree.config import TreeConfig
 
 _SPEC_FLAGS = (
     ("--spec-method", "spec_method", "method"),
@@ -104,7 +114,9 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
         values.check_names(request)
         name = resolve.find_draft(target_model_config.model, request.get("model"))
         draft = resolve.read_draft(name, request.get("revision"), self.download_dir)
-        request = {**request, **guards.size_settings(request, draft)}
+        shapes = _auto_shapes(self, request, draft, target_model_config, target_parallel_config)
+        sizes = settings_of(shapes) if shapes else guards.size_settings(request, draft)
+        request = {**request, **sizes}
         tree = guards.check_engine(
             self, request, draft, name, target_model_config, target_parallel_config
         )
@@ -122,6 +134,8 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
             vocab_size=target_model_config.get_vocab_size(),
             max_position_embeddings=target_model_config.max_model_len,
             tree=tree,
+            auto=shapes,
+            heeds_requests=runs_v1_on_cpu(),
         )
         with _arguments(self, vllm_request), _draft_config(hf_config):
             try:
@@ -130,6 +144,25 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
                 raise values.in_words(error) from error
 
     return create_speculative_config
+
+
+def _auto_shapes(
+    engine_args: EngineArgs,
+    request: Mapping[str, Any],
+    draft: MSDDraftConfig,
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> list[TreeConfig]:
+    """What the engine may choose from; empty where sizes are given or have to be fixed."""
+    if not is_auto(request):
+        return []
+    try:
+        return auto_shapes(engine_args, request, draft, target, parallel)
+    except ConfigError as error:
+        from vllm.logger import init_logger
+
+        init_logger("vllm.vllm_msd").info("MSD: the sizes are the draft's own. %s", error)
+        return []
 
 
 def wrap_hf_config_override(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,13 +216,20 @@ def wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--num-speculative-tokens",
             dest="spec_tokens",
-            type=int,
+            type=_number_or_auto,
+            metavar="N|auto",
             default=None,
-            help="Same as --spec-tokens. With an MSD draft the default comes from the draft.",
+            help="Same as --spec-tokens. With an MSD draft the default is 'auto': as many as pay "
+            "on this machine under the load of the moment, or the draft's own number where that is "
+            "not known.",
         )
         return parser
 
     return add_cli_args
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 class SpeculativeModelAction(argparse.Action):

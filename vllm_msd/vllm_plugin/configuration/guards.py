@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_msd.budget import AUTO
 from vllm_msd.errors import ConfigError
 from vllm_msd.tree.config import TreeConfig
 
@@ -86,10 +87,15 @@ def check_keys(request: Mapping[str, Any]) -> None:
 def size_settings(request: Mapping[str, Any], draft: MSDDraftConfig) -> dict[str, Any]:
     """`num_speculative_tokens`, `tree_depth` and `tree_top_k`: the request's, else the draft's.
 
+    "auto" counts as not given; `auto_sizes` says where an engine chooses by itself.
+
     A request for a chain (`tree_top_k` 1) needs no depth, whatever the draft's is.
     """
     names = ("num_speculative_tokens", *TREE_KEYS)
-    settings = {name: request.get(name, getattr(draft, name)) for name in names}
+    settings = {
+        name: getattr(draft, name) if request.get(name, AUTO) == AUTO else request[name]
+        for name in names
+    }
     if request.get("tree_top_k") == 1 and "tree_depth" not in request:
         settings["tree_depth"] = None
     return settings
@@ -142,18 +148,22 @@ def check_engine(
         request["num_speculative_tokens"], request["tree_depth"], request["tree_top_k"]
     )
     if not tree.is_chain:
-        _check_tree(tree, engine_args, request, target, parallel)
+        check_tree(tree, engine_args, request, target, parallel)
     return tree
 
 
-def _check_tree(
+def check_tree(
     tree: TreeConfig,
     engine_args: EngineArgs,
     request: Mapping[str, Any],
     target: ModelConfig,
     parallel: ParallelConfig,
 ) -> None:
-    """Refuse what only chains can do."""
+    """Refuse what only chains of a fixed size can do.
+
+    Raises:
+        ConfigError: with reason and remedy.
+    """
     chain = "Change it, or draft a chain: set tree_top_k to 1."
     for name, only in (("draft_sample_method", "greedy"), ("rejection_sample_method", "standard")):
         value = request.get(name)

@@ -7,6 +7,8 @@ workers need travels in this config, because it is pickled to them with the engi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
@@ -28,6 +30,8 @@ def build_draft_hf_config(
     vocab_size: int,
     max_position_embeddings: int,
     tree: TreeConfig,
+    auto: Sequence[TreeConfig] = (),
+    heeds_requests: bool = False,
 ) -> PreTrainedConfig:
     """Build the Llama or Qwen2 config of one draft.
 
@@ -39,6 +43,9 @@ def build_draft_hf_config(
         max_position_embeddings: positions the target is served with. Rotary positions of the draft
             are computed, not learned, so the larger of both is right.
         tree: size of the trees (or chains) to draft; kept as `msd_tree_depth` and `msd_tree_top_k`.
+        auto: the shapes that the engine chooses from, none where `tree` is fixed; kept as
+            `msd_auto`, a list of numbers each.
+        heeds_requests: whether the engine looks at what single requests say about their drafts.
 
     Returns:
         a LlamaConfig (`layer_type` llama) or Qwen2Config (qwen2).
@@ -64,4 +71,6 @@ def build_draft_hf_config(
     )
     config.msd_draft = draft.to_dict()
     config.msd_tree_depth, config.msd_tree_top_k = tree.depth, tree.top_k
+    config.msd_heeds_requests = heeds_requests
+    config.msd_auto = [list(astuple(shape)) for shape in auto]
     return config

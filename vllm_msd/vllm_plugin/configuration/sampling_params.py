@@ -1,4 +1,4 @@
-"""min_p and logit_bias under draft trees.
+"""A request's sampling parameters: min_p and logit_bias under draft trees, and our own options.
 
 vLLM refuses both with any speculation, because Model Runner V1's rejection sampler leaves them out.
 Trees are sampled by our own samplers, which treat every row as a step of its own.
@@ -8,7 +8,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_msd.vllm_plugin.configuration.tree_settings import drafts_trees
+from vllm_msd.vllm_plugin.configuration import request_options
+from vllm_msd.vllm_plugin.configuration.tree_settings import (
+    drafts_trees,
+    heeds_requests,
+    is_msd_config,
+)
 
 
 def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
@@ -16,6 +21,8 @@ def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., No
 
     @functools.wraps(original)
     def validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if is_msd_config(speculative_config):
+            request_options.check(self, heeds_requests(speculative_config))
         if not drafts_trees(speculative_config):
             original(self, speculative_config)
 

@@ -4,12 +4,17 @@ Model Runner V2 needs none of them. Each mend concerns only which rows and posit
 a wrong one changes no output, it costs accepted tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from typing_extensions import override
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
+
+from vllm_msd.vllm_plugin.configuration.request_options import node_limit
 
 
 class MSDProposer(EagleProposer):
@@ -43,6 +48,26 @@ class MSDProposer(EagleProposer):
         self.runner.effective_drafter_max_model_len = (
             self.max_model_len + self.runner.num_spec_tokens
         )
+
+    @override
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor | list[list[int]]:
+        """As the base class; a list where requests want fewer tokens than others."""
+        return self._within_limits(super().propose(*args, **kwargs))
+
+    def request_limits(self) -> list[int | None]:
+        """How many nodes each request of the batch wants at most; None if it does not say."""
+        requests = self.runner.requests
+        return [
+            node_limit(requests[req_id].sampling_params)
+            for req_id in self.runner.input_batch.req_ids
+        ]
+
+    def _within_limits(self, tokens: torch.Tensor) -> torch.Tensor | list[list[int]]:
+        """Cut ``[R, tokens]`` to what requests want."""
+        limits = self.request_limits()
+        if all(limit is None for limit in limits):
+            return tokens
+        return [own[:limit] for own, limit in zip(tokens.tolist(), limits, strict=True)]
 
     def prepare_next_token_ids_padded(
         self,

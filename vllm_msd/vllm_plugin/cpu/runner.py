@@ -25,8 +25,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_msd.tree import DraftTree, TreeStore
-from vllm_msd.vllm_plugin.configuration.tree_settings import tree_config
+from vllm_msd.vllm_plugin.configuration.tree_settings import auto_shapes, tree_config
 from vllm_msd.vllm_plugin.cpu.attention import settle_cpu
+from vllm_msd.vllm_plugin.cpu.auto_drafter import AutoProposer
+from vllm_msd.vllm_plugin.cpu.cost_probe import prepare_budget
 from vllm_msd.vllm_plugin.cpu.sampler import TreeRejectionSampler
 from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch, scratch_blocks, with_scratch
 from vllm_msd.vllm_plugin.cpu.step import StepNodes
@@ -45,14 +47,15 @@ class TreeModelRunner(CPUModelRunner):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        for cls in (TreeModelRunner, TreeProposer, TreeRejectionSampler):
+        for cls in (TreeModelRunner, TreeProposer, AutoProposer, TreeRejectionSampler):
             check_overrides(cls)
         super().__init__(vllm_config, device)
         # vLLM leaves these two out where it speculates.
         processors = self.input_batch.logitsprocs
         processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(vllm_config, device, False))
         processors.argmax_invariant.append(MinPLogitsProcessor(vllm_config, device, False))
-        self.drafter = TreeProposer(vllm_config, device, self)
+        is_auto = bool(auto_shapes(vllm_config))
+        self.drafter = (AutoProposer if is_auto else TreeProposer)(vllm_config, device, self)
         num_nodes = tree_config(vllm_config).num_nodes + 1
         self.store = TreeStore(self.max_num_reqs, self.max_num_tokens, num_nodes)
         self.rejection_sampler = TreeRejectionSampler(
@@ -80,10 +83,21 @@ class TreeModelRunner(CPUModelRunner):
         return caches
 
     @override
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the base class; then find out what steps cost, where sizes are chosen by that."""
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        if isinstance(self.drafter, AutoProposer) and not is_profiling:
+            prepare_budget(self)
+
+    @override
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         """Forget the request's tree."""
         super()._on_request_state_removed(req_id, req_state)
         self.drafted.pop(req_id, None)
+        if isinstance(self.drafter, AutoProposer):
+            self.drafter.backlog.drop(req_id)
 
     @override
     def _prepare_inputs(
@@ -148,6 +162,9 @@ class TreeModelRunner(CPUModelRunner):
                 input_ids = self.input_ids.gpu[:num_rows]
                 input_ids.copy_(input_ids[self.path_rows])
             self._rotary_positions()[..., step.rows] -= step.shift
+        if step is not None and isinstance(self.drafter, AutoProposer):
+            drafted = [self.drafted.get(req_id) for req_id in self.input_batch.req_ids]
+            self.drafter.learn(drafted, step, self.store.accepted_nodes())
         return output
 
     @override
@@ -165,11 +182,22 @@ class TreeModelRunner(CPUModelRunner):
             hidden_states = hidden_states[self.path_rows]
         req_ids = self.input_batch.req_ids
         self.drafter.as_chain = torch.tensor([self._needs_chain(req_id) for req_id in req_ids])
+        self.drafter.limits = self._limits()
         tokens = super().propose_draft_token_ids(
             scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *args, **kwargs
         )
-        self.drafted.update(zip(req_ids, self.drafter.drafted.by_request(), strict=True))
+        if self.drafter.drafted is not None:
+            self.drafted.update(zip(req_ids, self.drafter.drafted.by_request(), strict=True))
         return tokens
+
+    def _limits(self) -> list[int]:
+        """The most nodes that each request of the batch may have; 0 while its prompt is read."""
+        is_unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].tolist()
+        limits = []
+        for wanted, unfinished in zip(self.drafter.request_limits(), is_unfinished, strict=True):
+            most = self.store.num_nodes if wanted is None else wanted
+            limits.append(0 if unfinished else most)
+        return limits
 
     def _needs_chain(self, req_id: str) -> bool:
         """Whether the logits of this request depend on the drafted rows before them."""

@@ -15,10 +15,15 @@ with and without speculation.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
+
+from vllm_msd.cpu_environment import shortcomings
+from vllm_msd.vllm_plugin.runners import is_msd
 
 
 def wrap_expand_kernel(original: Callable[..., None]) -> Callable[..., None]:
@@ -72,8 +77,17 @@ def wrap_initialize_from_config(original: Callable[..., None]) -> Callable[..., 
         ):
             runner = self.worker.model_runner
             runner.sample_tokens = spare_unfinished_prompts(runner)
+            if is_msd(self.vllm_config):
+                advise(self.vllm_config)
 
     return initialize_from_config
+
+
+def advise(vllm_config: Any) -> None:
+    """Say once, when all is ready, what makes this engine much slower than it could be."""
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if found := shortcomings(os.environ, dtype):
+        init_logger("vllm.vllm_msd").warning("MSD: this CPU could do better. %s.", "; ".join(found))
 
 
 def spare_unfinished_prompts(runner: Any) -> Callable[..., Any]:

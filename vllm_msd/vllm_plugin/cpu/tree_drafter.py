@@ -20,7 +20,11 @@ from vllm_msd.tree import (
     grow_tree,
     lay_out_chains,
 )
-from vllm_msd.vllm_plugin.configuration.tree_settings import check_level_rows, tree_config
+from vllm_msd.vllm_plugin.configuration.tree_settings import (
+    auto_shapes,
+    check_level_rows,
+    tree_config,
+)
 from vllm_msd.vllm_plugin.cpu.chain_drafter import MSDProposer
 from vllm_msd.vllm_plugin.trees.attention import attach
 
@@ -39,7 +43,8 @@ class TreeProposer(MSDProposer):
     def __init__(self, vllm_config, device, runner=None) -> None:
         super().__init__(vllm_config, device, runner)
         self.shape = tree_config(vllm_config).shape
-        check_level_rows(vllm_config)
+        if not auto_shapes(vllm_config):
+            check_level_rows(vllm_config)
         # The base class only runs the draft's prefill; this is also its number of warm-up passes.
         self.num_speculative_tokens = 1
         self._last_hidden: Tensor | None = None
@@ -58,8 +63,9 @@ class TreeProposer(MSDProposer):
         mm_embed_inputs: tuple[list[Tensor], Tensor] | None = None,
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: dict[str, Tensor] | list[dict[str, Tensor]] | None = None,
-    ) -> Tensor:
-        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``."""
+    ) -> Tensor | list[list[int]]:
+        """Draft one tree per request; returns its nodes' tokens ``[R, num_speculative_tokens]``, or
+        a list where requests want fewer."""
         super().propose(
             1,
             target_token_ids,
@@ -82,7 +88,7 @@ class TreeProposer(MSDProposer):
             common_attn_metadata.block_table_tensor,
         )
         self.drafted = lay_out_chains(tree, self.as_chain) if self.as_chain.any() else tree
-        return self.drafted.tokens[:, 1 : num_speculative_tokens + 1]
+        return self._within_limits(self.drafted.tokens[:, 1 : num_speculative_tokens + 1])
 
     @override
     def _sample_draft_tokens(
@@ -112,7 +118,8 @@ class TreeProposer(MSDProposer):
 
         def expand(tokens: Tensor, hidden: Tensor, visible: Tensor, level: int):
             nonlocal tree_rows
-            tree_rows = draft_level(tree_start, visible, tree_rows)
+            if k > 1:  # a chain is causal
+                tree_rows = draft_level(tree_start, visible, tree_rows)
             attention = CommonAttentionMetadata(
                 query_start_loc=query_start,
                 query_start_loc_cpu=query_start.cpu(),
@@ -149,10 +156,12 @@ class TreeProposer(MSDProposer):
         hidden: Tensor,
         positions: Tensor,
         attention: CommonAttentionMetadata,
-        tree_rows: TreeRows,
+        tree_rows: TreeRows | None,
     ) -> Tensor:
-        """Run the draft on one level's rows: ``[rows]``, ``[rows, H]`` and ``[rows]`` to
-        ``[rows, H]``."""
+        """Run the draft on rows of text: ``[rows]``, ``[rows, H]`` and ``[rows]`` to ``[rows, H]``.
+
+        Without ``tree_rows`` they are causal.
+        """
         num_rows = len(tokens)
         mode, num_input_rows, num_rows_across_dp = self._determine_batch_execution_and_padding(
             num_rows

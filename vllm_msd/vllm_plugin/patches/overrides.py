@@ -12,10 +12,10 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_overrides(cls: type) -> None:
-    """Compare each method marked with `typing_extensions.override` with what it replaces.
+    """Compare each method marked with `typing_extensions.override` with vLLM's that it replaces.
 
-    Parameter names must be the same; a method that ends in ``*args, **kwargs`` has to name the
-    first ones only.
+    Classes of ours in between are passed over where they are marked, too. Parameter names must be
+    the same; a method that ends in ``*args, **kwargs`` has to name the first ones only.
 
     Raises:
         PatchError: vLLM has no such method, or it takes other parameters.
@@ -23,7 +23,8 @@ def check_overrides(cls: type) -> None:
     for name, method in vars(cls).items():
         if not getattr(method, "__override__", False):
             continue
-        replaced = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
+        bases = (vars(base)[name] for base in cls.__mro__[1:] if name in vars(base))
+        replaced = next((m for m in bases if not getattr(m, "__override__", False)), None)
         where = f"{cls.__mro__[1].__name__}.{name}"
         if replaced is None:
             raise PatchError(_message(f"{where} is missing"))

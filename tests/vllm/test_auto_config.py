@@ -1,0 +1,150 @@
+"""Sizes left to the plugin: what it may choose from, and where it takes the draft's instead."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.common.configuring import configure, msd, tree
+from vllm_msd.errors import ConfigError
+from vllm_msd.vllm_plugin.configuration import auto_sizes, engine_args, request_options
+from vllm_msd.vllm_plugin.configuration.auto_sizes import CHAIN, TREE
+from vllm_msd.vllm_plugin.configuration.tree_settings import auto_shapes, drafts_trees
+
+pytestmark = pytest.mark.usefixtures("registered")
+
+
+@pytest.fixture
+def fallbacks(monkeypatch):
+    """What the plugin logs when it cannot choose."""
+    found = []
+    monkeypatch.setattr(
+        logging.getLogger("vllm.vllm_msd"),
+        "info",
+        lambda text, *args: found.append(text % args),
+    )
+    return found
+
+
+def shapes_of(spec, max_num_seqs=16, max_num_batched_tokens=2048):
+    scheduler = SimpleNamespace(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+    )
+    return auto_shapes(SimpleNamespace(speculative_config=spec, scheduler_config=scheduler))
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_speculative_tokens": "auto"}], ids=str)
+def test_without_sizes_a_chain_or_a_tree_may_be_drafted(pair, keys):
+    spec = configure(pair.target, msd(pair, **keys))
+    assert spec.num_speculative_tokens == TREE.num_nodes and drafts_trees(spec)
+    assert shapes_of(spec) == [TREE, CHAIN]
+    assert shapes_of(spec, max_num_seqs=1024) == [CHAIN]  # a level of trees would not fit
+
+
+def test_given_sizes_stay_as_they_are(pair):
+    spec = configure(pair.target, msd(pair, num_speculative_tokens=3))
+    assert (spec.num_speculative_tokens, shapes_of(spec), drafts_trees(spec)) == (3, [], False)
+    spec = configure(pair.target, msd(pair, **tree(12, 4, 3)))
+    assert (spec.num_speculative_tokens, shapes_of(spec)) == (12, [])
+    spec = configure(pair.target, msd(pair, tree_top_k=1))
+    assert (spec.num_speculative_tokens, shapes_of(spec)) == (5, [])
+
+
+def test_a_drafts_own_tree_is_one_to_choose_from(pair, tmp_path):
+    config = json.loads((Path(pair.draft) / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(Path(pair.draft) / "model.safetensors")
+
+    def spec(**changes):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        return configure(pair.target, {"method": "msd", "model": str(tmp_path)})
+
+    own = spec(**tree(24, 6, 4))
+    assert [shape.num_nodes for shape in shapes_of(own)] == [24, 8]
+    profile = {"by_depth": [0.9, 0.8], "by_probability": [[0.1, 0.05], [0.9, 0.8]]}
+    hf_config = spec(msd_acceptance=profile).draft_model_config.hf_config
+    assert hf_config.msd_draft["msd_acceptance"] == profile
+
+
+@pytest.mark.parametrize(
+    ("keys", "engine", "reason"),
+    [
+        ({"draft_sample_method": "probabilistic"}, {}, "draft_sample_method"),
+        ({}, {"logits_processors": ["tests.x:Y"]}, "logits_processors does not work"),
+        ({}, {"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({}, {"max_num_batched_tokens": 8, "max_num_seqs": 2}, "max_num_batched_tokens=8"),
+    ],
+    ids=str,
+)
+def test_where_sizes_have_to_be_fixed_they_are_the_drafts(pair, fallbacks, keys, engine, reason):
+    spec = configure(pair.target, msd(pair, **keys), **engine)
+    assert (spec.num_speculative_tokens, shapes_of(spec)) == (5, [])
+    assert len(fallbacks) == 1 and reason in fallbacks[0]
+
+
+def test_model_runner_v2_takes_the_drafts_sizes(pair, fallbacks, monkeypatch):
+    for module in (auto_sizes, engine_args):
+        monkeypatch.setattr(module, "runs_v1_on_cpu", lambda: False)
+    spec = configure(pair.target, msd(pair, num_speculative_tokens="auto"))
+    assert (spec.num_speculative_tokens, shapes_of(spec)) == (5, [])
+    assert "only Model Runner V1 on a CPU" in fallbacks[0]
+
+
+def test_auto_beside_a_size_is_refused(pair):
+    with pytest.raises(ConfigError, match=r"got 'auto' beside {'tree_depth': 4}.*Leave the other"):
+        configure(pair.target, msd(pair, num_speculative_tokens="auto", tree_depth=4))
+    with pytest.raises(ConfigError, match="num_speculative_tokens: got 'automatic'"):
+        configure(pair.target, msd(pair, num_speculative_tokens="automatic"))
+
+
+# What one request may say -----------------------------------------------------------------------
+
+
+def params(**extra):
+    from vllm import SamplingParams
+
+    return SamplingParams(extra_args=extra or None)
+
+
+@pytest.mark.parametrize(
+    ("extra", "limit"),
+    [
+        ({}, None),
+        ({"msd": True}, None),
+        ({"msd": False}, 0),
+        ({"msd": 0}, 0),
+        ({"msd_max_nodes": 8}, 8),
+        ({"msd_max_nodes": 0}, 0),
+        ({"msd": False, "msd_max_nodes": 8}, 0),
+        ({"else": "x"}, None),
+    ],
+    ids=str,
+)
+def test_limits_of_a_request(extra, limit):
+    assert request_options.node_limit(params(**extra)) == limit
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"msd": "no"}, {"msd": 2}, {"msd": None}, {"msd_max_nodes": -1}, {"msd_max_nodes": 2.5},
+     {"msd_max_nodes": True}, {"msd_max_nodes": "8"}, {"msd_max_nodes": [8]}],
+    ids=str,
+)  # fmt: skip
+def test_values_that_cannot_be_meant_are_refused(pair, extra):
+    """By vLLM's own check of a request, which a server answers with 400."""
+    spec = configure(pair.target, msd(pair))
+    with pytest.raises(ConfigError, match=f"{next(iter(extra))}: got .*, expected"):
+        params(**extra)._validate_spec_decode(spec)
+    assert issubclass(ConfigError, ValueError)
+    other = configure(pair.target, {"method": "ngram", "num_speculative_tokens": 2})
+    params(**extra)._validate_spec_decode(other)  # no business of ours
+
+
+def test_an_engine_that_heeds_no_request_says_so(pair, monkeypatch):
+    for module in (auto_sizes, engine_args):
+        monkeypatch.setattr(module, "runs_v1_on_cpu", lambda: False)
+    spec = configure(pair.target, msd(pair))
+    with pytest.raises(ConfigError, match="need Model Runner V1"):
+        params(msd=False)._validate_spec_decode(spec)
+    params(msd=True)._validate_spec_decode(spec)
