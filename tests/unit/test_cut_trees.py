@@ -15,8 +15,8 @@ from vllm_msd.checkpoint import load_draft
 from vllm_msd.demo.paths import demo_pair
 from vllm_msd.draft import DraftCache, DraftRows, MSDDraft
 from vllm_msd.training.acceptance import greedy_replies
-from vllm_msd.training.data.batches import collate, image_roots
-from vllm_msd.training.data.index import RecordFile
+from vllm_msd.training.data.batches import collate
+from vllm_msd.training.data.index import RecordFile, image_roots
 from vllm_msd.training.rows import draft_rows
 from vllm_msd.training.targets import Target
 from vllm_msd.tree import TreeConfig, draft_tree

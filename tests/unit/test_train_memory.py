@@ -13,7 +13,7 @@ MATRIX = 4 * ROWS * VOCAB  # bytes of one sequence's logits in float32: 1.2 GB
 
 # A fresh process: its peak is nobody else's.
 _PROGRAM = r"""
-import json, re, sys, types
+import json, re, sys
 from pathlib import Path
 import torch
 from vllm_msd.draft import DraftRows, MSDDraft, MSDDraftConfig
@@ -38,7 +38,7 @@ def work(count):
         torch.arange(count)[None], torch.ones(shape).bool(),
     )
     if sys.argv[1] == "evaluation":
-        return _choice(types.SimpleNamespace(head=head), inputs.hidden_states)
+        return _choice(head, None, inputs.hidden_states)
     mask = torch.ones(shape).bool()
     mask[:, -1] = False
     loss, _ = objective(inputs, torch.randn(*shape, hidden), mask, head)

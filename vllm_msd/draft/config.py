@@ -123,7 +123,7 @@ class MSDDraftConfig:
                 f"num_hidden_layers: got {self.num_hidden_layers}, expected at most {MAX_LAYERS}. "
                 "Is this the folder of an MSD draft? Most have one layer."
             )
-        for name in ("tree_depth", "tree_top_k"):
+        for name in ("tree_depth", "tree_top_k", "draft_vocab_size"):
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):
