@@ -25,9 +25,11 @@ class AcceptedPaths(NamedTuple):
     @classmethod
     def allocate(cls, num_requests: int, num_nodes: int, device: torch.device) -> "AcceptedPaths":
         """Buffers to be given as ``out``, for calls in a CUDA graph."""
+        # Each on its own: Triton compiles a kernel again for a tensor that begins anywhere.
         shape = (num_requests, num_nodes)
-        nodes, tokens = torch.empty(2, *shape, dtype=torch.int64, device=device)
-        return cls(torch.empty(num_requests, dtype=torch.int64, device=device), nodes, tokens)
+        lengths = torch.empty(num_requests, dtype=torch.int64, device=device)
+        nodes, tokens = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
+        return cls(lengths, nodes, tokens)
 
 
 def accept(

@@ -72,8 +72,8 @@ class CompactPrefill:
             last_sampled: ``[slots, 1]`` int64, the last emitted token.
         """
         s, num_reqs = self.speculator, input_batch.num_reqs
-        step, buffers = s.model_state.store.step, s.input_buffers
-        draft_prefill(
+        step = s.model_state.store.step
+        self._lay_out(
             Verified(
                 s.model_state.store.accepted_nodes(),
                 step.root_rows,
@@ -82,14 +82,7 @@ class CompactPrefill:
                 input_batch.input_ids[: len(hidden_states)],
                 hidden_states,
                 last_sampled,
-            ),
-            s.block_table,
-            s.block_size,
-            self.width,
-            LevelInputs(
-                buffers.input_ids, buffers.positions, s.kv_slots, buffers.seq_lens, s.hidden_states
-            ),
-            PrefillRows(buffers.query_start_loc, s.last_token_indices, s.idx_mapping),
+            )
         )
         rows = num_reqs * self.width
         graphs = s.compact_cudagraph_manager
@@ -106,6 +99,36 @@ class CompactPrefill:
             s.block_tables.slot_mappings[:, :rows], s.kv_cache_config
         )
         s._prefill(num_reqs, rows, metadata, slots, num_tokens_across_dp=None)
+
+    def for_nobody(self) -> None:
+        """Launch the kernel for padding alone, to have it compiled; types as in `run`."""
+        s = self.speculator
+        store, device = s.model_state.store, s.device
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        self._lay_out(
+            Verified(
+                none.view(0, store.num_nodes),
+                store.root_rows[:0],
+                store.tree_start,
+                none,
+                s.input_buffers.input_ids,
+                s.hidden_states,
+                torch.zeros(len(s.block_table), 1, dtype=torch.int64, device=device),
+            )
+        )
+
+    def _lay_out(self, step: Verified) -> None:
+        s, buffers = self.speculator, self.speculator.input_buffers
+        draft_prefill(
+            step,
+            s.block_table,
+            s.block_size,
+            self.width,
+            LevelInputs(
+                buffers.input_ids, buffers.positions, s.kv_slots, buffers.seq_lens, s.hidden_states
+            ),
+            PrefillRows(buffers.query_start_loc, s.last_token_indices, s.idx_mapping),
+        )
 
     def _prefill(
         self,

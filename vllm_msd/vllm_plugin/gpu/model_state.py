@@ -140,6 +140,17 @@ class TreeModelState(DefaultModelState):
             positions.copy_(linear)
         return inputs
 
+    def place_for_nobody(self) -> None:
+        """Launch the kernel that lays out trees for padding alone, to have it compiled."""
+        rows = self.max_num_tokens
+        starts = torch.zeros(2, dtype=torch.int32, device=self.device)
+        positions = linear = self.positions
+        if self.rope_state is not None:
+            positions = linear = self.rope_state.get_positions(rows)
+        self.store.open_step(0, 1, rows)
+        self.store.place(self.positions[:0], starts[:1], starts[:1], starts[:0], linear, positions)
+        self.store.skip_step()
+
     @override
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """The buffers of `prepare_inputs`, for CUDA graphs to be captured with."""

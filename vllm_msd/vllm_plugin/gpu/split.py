@@ -95,5 +95,8 @@ class TreeMetadataBuilder(AttentionMetadataBuilder):
             slice(split.requests, common.num_reqs), slice(split.rows, common.num_actual_tokens)
         )
         (behind,) = split_attn_metadata([rest], common)
+        # Copies: Triton compiles a kernel again for a tensor that begins anywhere.
+        behind.seq_lens = behind.seq_lens.clone()
+        behind.block_table_tensor = behind.block_table_tensor.clone()
         setattr(whole, REST, Rest(split, super().build(common_prefix_len, behind, fast_build)))
         return whole
