@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from vllm_msd.checkpoint import save_draft
 from vllm_msd.draft import MSDDraft, MSDDraftConfig
@@ -205,12 +204,7 @@ class Results:
 
     def _weights(self, objective: torch.nn.Module) -> dict[str, Tensor]:
         """The draft's weights as it is served, float32."""
-        if self.accelerator.is_fsdp2:
-            # accelerate gathers on the first process alone, and all of them evaluate.
-            options = StateDictOptions(full_state_dict=True)
-            state: dict[str, Any] = get_model_state_dict(objective, options=options)
-        else:
-            state = self.accelerator.get_state_dict(objective)
+        state = self.accelerator.get_state_dict(objective)
         state = {name.removeprefix("draft."): x.detach() for name, x in state.items()}
         return self.units.fold(state, self.config)
 
