@@ -96,6 +96,7 @@ def test_served_by_its_own_name(tmp_path, fresh_process, msd_server):
     cores = set(range(os.cpu_count() or 1))
     environment = fresh_process["env"] | put_into_cache(tmp_path / "hf", TARGET, Path(pair.target))
     options = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "268435456"]
+    options += ["--served-model-name", "by-draft"]
     command = ("vllm", "serve", str(tmp_path / "draft"))
     server = start_server(tmp_path, environment, cores, options, command)
     questions = [sample(kind, 31_000, "test") for kind in ("vqa", "caption", "text")]
@@ -109,7 +110,7 @@ def test_served_by_its_own_name(tmp_path, fresh_process, msd_server):
             return [(await ask(client, "good", body)).text for body in asked]
 
     try:
-        got = asyncio.run(texts(server.url, str(tmp_path / "draft")))
+        got = asyncio.run(texts(server.url, "by-draft"))
         metrics = server.metrics()
     finally:
         server.stop()
