@@ -42,7 +42,7 @@ def tree_pair(pair, tmp_path):
 
 
 def test_without_tree_settings_a_chain(pair):
-    assert tree_of(configure(pair.target, msd(pair))) == (5, 5, 1)
+    assert tree_of(configure(pair.target, msd(pair, tree_top_k=1))) == (5, 5, 1)
     assert tree_of(configure(pair.target, msd(pair, num_speculative_tokens=3))) == (3, 3, 1)
 
 
@@ -141,10 +141,12 @@ def test_schedule_of_nodes_by_batch_size(pair):
 
 
 def test_min_p_and_logit_bias_only_with_trees(pair):
-    chain = configure(pair.target, msd(pair))
+    chain = configure(pair.target, msd(pair, num_speculative_tokens=5))
     trees = configure(pair.target, msd(pair, **tree(12, 4, 3)))
+    auto = configure(pair.target, msd(pair))
     for params in (SamplingParams(min_p=0.1), SamplingParams(logit_bias={3: 2.0})):
         params._validate_spec_decode(trees)
+        params._validate_spec_decode(auto)
         with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
             params._validate_spec_decode(chain)
 

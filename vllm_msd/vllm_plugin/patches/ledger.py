@@ -151,7 +151,8 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "kv_cache_configs")),
         make="vllm_msd.vllm_plugin.cpu.sampling_mends:wrap_initialize_from_config",
-        what="Samples after a chunk of an unfinished prompt without its request's seed.",
+        what="Samples after a chunk of an unfinished prompt without its request's seed; an MSD "
+        "engine then says what its CPU lacks.",
         why="Model Runner V1 winds the seed's generator back, which no CPU generator can; the "
         "engine dies, with and without speculation.",
         remove_when="vLLM winds no CPU generator back in any supported version.",
@@ -184,8 +185,10 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.sampling_params:SamplingParams._validate_spec_decode",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "speculative_config")),
         make="vllm_msd.vllm_plugin.configuration.sampling_params:wrap_validate_spec_decode",
-        what="Lets min_p and logit_bias through to an engine that drafts trees.",
-        why="vLLM refuses them with any speculation; trees are sampled row by row, so they hold.",
+        what="Lets min_p and logit_bias through to an engine that drafts trees; refuses what a "
+        "request cannot mean by its own `msd` options.",
+        why="vLLM refuses them with any speculation; trees are sampled row by row, so they hold. "
+        "It checks no arguments of plugins.",
         remove_when="vLLM's rejection samplers of both runners apply them.",
     ),
     Patch(
