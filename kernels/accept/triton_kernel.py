@@ -6,7 +6,14 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=["num_nodes"],
-    do_not_specialize_on_alignment=["drawn_ptr", "tokens_ptr", "row_start_ptr"],
+    # Results are the halves of one allocation, inputs pieces of a step's.
+    do_not_specialize_on_alignment=[
+        "nodes_ptr",
+        "emitted_ptr",
+        "drawn_ptr",
+        "tokens_ptr",
+        "row_start_ptr",
+    ],
 )
 def accept_kernel(
     lengths_ptr,  # [R]

@@ -19,7 +19,7 @@ from tests.common.triton_interpreter import (
     run_again_interpreted,
 )
 from tests.common.variants import recorded_variants
-from vllm_msd.kernels import DraftPlace, TreeAttentionWorkspace, tree_attention
+from vllm_msd.kernels import DraftPlace, TreeAttentionWorkspace, accept, tree_attention
 from vllm_msd.kernels.tree_attention import launch
 from vllm_msd.kernels.tree_attention.launch import LaunchConfig
 from vllm_msd.tree import GrowthBuffers, TreeShape, grow_tree_fused
@@ -132,6 +132,18 @@ def test_growing_launches_the_same_for_every_batch():
             grow(slots, chosen)
     assert launched == alone
     assert [name for name, *_ in sorted(alone, key=str)].count("beam_step_kernel") == 3
+
+
+@interpreted
+def test_the_walk_launches_the_same_for_every_batch():
+    """Of odd and even numbers of requests, and of a piece of a step's rows."""
+    rows, nodes = torch.zeros(80, dtype=torch.int64), 9
+    with recorded_variants() as launched:
+        for requests, first in ((1, 0), (2, 0), (3, 5), (4, 8)):
+            parents = torch.arange(-1, nodes - 1).repeat(requests, 1)
+            starts = torch.arange(0, requests * nodes + 1, nodes, dtype=torch.int32)
+            accept(rows[first : first + 40], rows.int()[first : first + 40], parents, starts)
+    assert len(launched) == 1
 
 
 @interpreted
