@@ -18,8 +18,9 @@ def test_nothing_is_left_to_compile_while_serving(tmp_path):
     )  # fmt: skip
     assert found["late"] == []
     assert found["launched"] == [
-        "accept_kernel", "beam_step_kernel", "merge_top_k_kernel", "rerank_kernel",
-        "settle_kernel", "top_k_parts_kernel", "tree_attention_kernel",
+        "accept_kernel", "beam_step_kernel", "draft_prefill_kernel", "merge_top_k_kernel",
+        "place_trees_kernel", "rerank_kernel", "settle_kernel", "top_k_parts_kernel",
+        "tree_attention_kernel",
     ]  # fmt: skip
     assert set(found["launched"]) <= set(found["warmed"])
     assert found["acceptance"]["accepted"] > 0 and found["acceptance"]["rejected"] > 0

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+from vllm.v1.kv_cache_interface import KVQuantMode
 
 from vllm_msd.kernels import accept, tree_attention
 from vllm_msd.kernels.tree_attention.launch import LaunchConfig, choices, is_hopper
 from vllm_msd.tree import TreeRows
-from vllm_msd.vllm_plugin.gpu.attention import TreeTritonAttentionImpl
+from vllm_msd.vllm_plugin.gpu.attention import TreeAttentionImpl
 from vllm_msd.vllm_plugin.gpu.backend import attends_over_paths
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 
@@ -57,6 +58,8 @@ class TreeKernels(VllmJitKernel[Key]):
         return {
             # Top-k and its merge, a beam step at the root, below and at the end, and reranking.
             ("growing",): speculator.grow_for_nobody,
+            ("placing",): state.place_for_nobody,
+            ("compact prefill",): speculator.compact.for_nobody,
             ("accepting",): lambda: _accept_nothing(state.store),
             ("settling",): lambda: _settle_nothing(state),
             **self._attention(),
@@ -72,7 +75,7 @@ class TreeKernels(VllmJitKernel[Key]):
             table = self.runner.block_tables.input_block_tables[number]
             for name in group.layer_names:
                 layer = layers[name]
-                impl: TreeTritonAttentionImpl = layer.impl
+                impl: TreeAttentionImpl = layer.impl
                 keys, _ = impl.split_cache(layer.kv_cache)
                 kind = (number, impl.num_heads, impl.head_size, keys.dtype, *keys.stride())
                 if kind in seen:
@@ -116,7 +119,7 @@ def _attention_of_nothing(
 
     def launch() -> None:
         keys, values = impl.split_cache(layer.kv_cache)
-        quantized = keys.dtype == impl.fp8_dtype
+        quantized = impl.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
         query = torch.zeros(1, impl.num_heads, impl.head_size, dtype=dtype, device=device)
         none = torch.zeros(2, dtype=torch.int32, device=device)
         tree_attention(
