@@ -153,7 +153,7 @@ def leaks(watched: Pass, plain: Pass) -> bool:
     """Whether memory grew by more than without speculation, and the margin.
 
     Both passes come after `WARM_UP`: until requests have come in many companies, a server grows by
-    some 300 MiB, with trees by 700, as buffers and pools find their sizes. Then it stays so.
+    some 300 MiB, with trees by 700, as buffers and pools find their sizes.
     """
     return watched.growth > max(0.0, plain.growth) + MEMORY_MARGIN_MIB
 
