@@ -76,9 +76,9 @@ def parse() -> argparse.Namespace:
 
 def questions(path: Path, image_root: list[str], count: int) -> list[Sample]:
     """The last questions of the first records."""
-    from vllm_msd.training.data.batches import image_roots, kind_of
+    from vllm_msd.training.data.batches import kind_of
     from vllm_msd.training.data.images import load_image
-    from vllm_msd.training.data.index import RecordFile
+    from vllm_msd.training.data.index import RecordFile, image_roots
     from vllm_msd.training.data.records import BadRecordError
 
     file = RecordFile(path)

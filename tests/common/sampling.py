@@ -60,6 +60,7 @@ def sampled_distribution(
     """
     if runner == "v2":
         use_torch_top_p()
+        use_plain_log1p()
     exact = ExactTarget(target)
     started = time.perf_counter()
     engine = open_engine(
@@ -103,6 +104,14 @@ def use_torch_top_p() -> None:
         return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
 
     topk_topp_sampler.apply_top_k_top_p_triton = apply
+
+
+def use_plain_log1p() -> None:
+    """Triton's interpreter has no function of CUDA's library; drawn drafts are resampled by one."""
+    from triton import language as tl
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
+
+    rejection_sampler_utils.tldevice.log1p = lambda x: tl.log(1.0 + x)
 
 
 def sampling_trial(

@@ -15,6 +15,7 @@ from tests.common.hub_cache import put_into_cache
 from tests.common.server import ask, chat_messages, start_server
 from vllm_msd.checkpoint import convert_draft
 from vllm_msd.demo.paths import demo_pair
+from vllm_msd.vllm_plugin.configuration.auto_sizes import TREE
 from vllm_msd.vllm_plugin.patches.patching import vllm_version
 
 TARGET = "org/target"
@@ -72,7 +73,7 @@ def test_a_draft_without_our_own_key(pair, draft):
     beside = EngineArgs(
         model=pair.target, max_model_len=512, speculative_config={"model": str(draft)}
     ).create_engine_config()
-    assert beside.speculative_config.num_speculative_tokens == 5
+    assert beside.speculative_config.num_speculative_tokens == TREE.num_nodes  # sizes are open
     with pytest.raises(ValueError, match="Set the method to 'msd'"):
         EngineArgs(
             model=pair.target,

@@ -8,6 +8,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
+from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin.configuration import request_options
 from vllm_msd.vllm_plugin.configuration.tree_settings import (
     drafts_trees,
@@ -22,7 +25,10 @@ def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., No
     @functools.wraps(original)
     def validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if is_msd_config(speculative_config):
-            request_options.check(self, heeds_requests(speculative_config))
+            try:
+                request_options.check(self, heeds_requests(speculative_config))
+            except ConfigError as error:  # the error that servers answer with 400
+                raise VLLMValidationError(str(error)) from error
         if not drafts_trees(speculative_config):
             original(self, speculative_config)
 

@@ -128,6 +128,7 @@ class TreeModelState(DefaultModelState):
         else:
             inputs = {**inputs, "positions": positions}
         if self.has_trees:
+            self.has_trees = False  # a profiling pass may come next, for which nothing is prepared
             self.store.place(
                 input_batch.idx_mapping,
                 input_batch.cu_num_logits,
