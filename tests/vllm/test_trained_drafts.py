@@ -65,10 +65,12 @@ def test_trained_draft_is_served_losslessly(kind, tmp_path):
         draft=str(tmp_path / "run" / "last"),  # one record does not say which is best
         cases=["mixed_batch", "chunk_inside_image"],
     )
-    for name, case in report["cases"].items():
+    cases = report["cases"]
+    for name, case in cases.items():
         assert case["same"], f"{name}: {case['first_difference']}"
-        assert case["accepted"] > 0
-        assert case["rejected"] > 0
-    assert report["cases"]["chunk_inside_image"]["cut_inside_image"]
-    served = report["cases"]["mixed_batch"]["prompt_tokens"][2]
+    # Of both together: the second case is one answer, which so small a draft may not know.
+    assert sum(case["accepted"] for case in cases.values()) > 20
+    assert sum(case["rejected"] for case in cases.values()) > 20
+    assert cases["chunk_inside_image"]["cut_inside_image"]
+    served = cases["mixed_batch"]["prompt_tokens"][2]
     assert served == tokens_as_trained(pair, tmp_path, *THREE_PICTURES)
