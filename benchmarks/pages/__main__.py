@@ -27,6 +27,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     "docs/results.md": {
         "benchmarks/results/demo.json": decoding.demo,
         "benchmarks/results/trees.json": decoding.trees,
+        "benchmarks/results/auto.json": decoding.auto,
         "benchmarks/results/visual_branch.json": decoding.visual_branch,
         "vllm_msd/demo/pair/evaluation.json": decoding.evaluation,  # written with the pair
         "benchmarks/results/lossless.json": identity.lossless,

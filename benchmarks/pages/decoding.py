@@ -122,6 +122,34 @@ def _products(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def auto(name: str, result: dict[str, Any]) -> str:
+    """Sizes that follow the load, beside fixed ones, by requests at once."""
+    settings, batches = result["settings"], result["batches"]
+    arms = list(next(iter(batches.values()))["arms"])
+    rows, same, asked = [], 0, 0
+    for batch, found in batches.items():
+        speedups = []
+        for arm in arms:
+            one = found["arms"][arm]
+            low, high = min(one["per_round"]), max(one["per_round"])
+            speedups.append(f"{one['speedup']:.2f}x ({low:.1f}-{high:.1f})")
+            if arm != arms[0]:  # no speculation itself
+                same, asked = same + one["identical"], asked + one["requests"]
+        rows.append((batch, *speedups, found["auto_of_best_fixed"]))
+    return "\n\n".join(
+        [
+            "## Sizes that follow the load",
+            f"Widened to {settings['size']}, {settings['dtype']}, greedy, one interleaved run: "
+            "whole answers, prefill included, against no speculation (tokens/s, the slowest and "
+            f"the fastest pass). {same} of {asked} answers are those of no speculation (near ties "
+            "may come out either way in bf16). The wrong draft has shuffled weights, and its "
+            "sizes follow the load as well.",
+            table(["requests", *arms, "auto of the best fixed"], rows),
+            source(name, result),
+        ]
+    )
+
+
 def visual_branch(name: str, result: dict[str, Any]) -> str:
     """What the image is worth to the draft."""
     groups = [*result["by_kind"].items(), ("**all**", result["all"])]
