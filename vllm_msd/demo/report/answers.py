@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vllm_msd.demo.report.tree_picture import tells, tree_svg
-from vllm_msd.demo.samples import KIND_NAMES
+from vllm_msd.demo.samples import KIND_NAMES, HeldOutSample
 from vllm_msd.demo.scoring import score
 from vllm_msd.measure.compare import Comparison
 from vllm_msd.measure.engine import Answer
@@ -60,12 +60,13 @@ def card(comparison: Comparison) -> str:
         turns.append(
             f'<p class="turn {who}{"" if last else " earlier"}">{escape(_text(message))}</p>',
         )
-    right = score(sample, comparison.plain.text)
     tags = [KIND_NAMES[sample.kind]]
     for name, answer in comparison.drafted.items():
         length = 1 + answer.num_accepted_tokens / answer.num_drafts if answer.num_drafts else None
         tags.append(f"{name}: {number(length)} tokens per verification")
-    tags.append("right" if right >= 1 else "wrong" if right <= 0 else f"score {right:.2f}")
+    if isinstance(sample, HeldOutSample):
+        right = score(sample, comparison.plain.text)
+        tags.append("right" if right >= 1 else "wrong" if right <= 0 else f"score {right:.2f}")
     differing = [name for name in comparison.drafted if not comparison.identical(name)]
     same = '<span class="tag">same text without MSD</span>'
     if differing:

