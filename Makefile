@@ -1,5 +1,6 @@
 # Everything sets itself up: a virtual environment, vLLM, this package. Later calls start at once.
 #   make demo                 the trained demo pair with and without MSD; writes demo/report.html
+#   make real                 a real language model, SmolLM2-135M, with and without MSD
 #   make test                 all tests; TESTS=tests/unit for some of them, FAST=1 for short ones,
 #                             WORKERS=1 for one after the other instead of one on each core
 #   make soak                 the tests' long forms: hours; SOAK_ARGS=--resume goes on with a run
@@ -22,10 +23,13 @@ READY := $(VENV)/.ready-$(DEVICE)
 READY_DOCS := $(VENV)/.ready-docs
 VLLM_033_TESTS ?= tests/vllm
 
-.PHONY: demo test soak lint docs check-033 setup clean
+.PHONY: demo real test soak lint docs check-033 setup clean
 
 demo: $(READY)
 	$(BIN)/vllm-msd demo run $(DEMO_ARGS)
+
+real: $(READY)
+	$(BIN)/vllm-msd demo real $(DEMO_ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(FAST),-m "not long") --durations=10 \

@@ -68,6 +68,33 @@ def demo_requests(target: str, count: int, lengths: Sequence[int], seed: int) ->
     return requests
 
 
+def real_requests(target: str, count: int, lengths: Sequence[int], seed: int) -> list[Request]:
+    """The prompts that come with the real pair: as they are, then with 1, 2 and 3 drawn pictures.
+
+    Arguments are those of `demo_requests`.
+    """
+    from transformers import AutoProcessor
+
+    from demo_factory.world import sample
+    from vllm_msd.demo.real.pair import real_samples
+
+    processor = AutoProcessor.from_pretrained(target)
+    asked = real_samples()
+    requests = []
+    for index in range(count):
+        one, several = asked[index % len(asked)], index // len(asked) % 4
+        pictures = [sample("vqa", seed + index * 4 + i, "test").images[0] for i in range(several)]
+        parts = [{"type": "image"}] * several + one.prompt[0]["content"]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+        )
+        kind = (
+            SEVERAL_IMAGES if several > 1 else f"{one.kind} and an image" if several else one.kind
+        )
+        requests.append(Request(kind, prompt, tuple(pictures), lengths[index % len(lengths)]))
+    return requests
+
+
 @dataclass(frozen=True)
 class Greedy:
     """One greedy answer; ``gaps[i]`` is the logprob gap of the two best tokens at position i."""
@@ -143,14 +170,16 @@ def greedy_identity(
     lengths: Sequence[int],
     seed: int,
     spec_tokens: int = 5,
+    real: bool = False,
 ) -> dict[str, Any]:
     """Compare MSD with no speculation: ``requests`` in mixed batches, the first ``alone`` of them
     one at a time too, and a batch in which every request uses another feature.
 
-    The last figure, ``broken``, shows that the comparison can fail: the number of requests that
-    change when a wrong rule accepts every draft.
+    They are `demo_requests`, or of the ``real`` pair `real_requests`. The last figure, ``broken``,
+    shows that the comparison can fail: the number of requests that change when a wrong rule accepts
+    every draft.
     """
-    wanted = demo_requests(target, requests, lengths, seed)
+    wanted = (real_requests if real else demo_requests)(target, requests, lengths, seed)
     probe = min(16, requests)
 
     started = time.perf_counter()

@@ -1,8 +1,8 @@
 """Measure that MSD changes nothing but speed, and write the figures to a JSON file.
 
-Greedy identity on the demo pair under both model runners, and the distribution test of sampling on
-a vocabulary of 24 tokens; both run real vLLM on the CPU in fp32, Model Runner V2 in Triton's
-interpreter. The tests in ``tests/vllm/test_lossless_*.py`` run the same code with smaller sizes and
+Greedy identity on the demo pair and on the real one under both model runners, and the distribution
+test of sampling on a vocabulary of 24 tokens; all run real vLLM on the CPU in fp32, Model Runner V2
+in Triton's interpreter. The tests in ``tests/vllm/test_lossless_*.py`` run the same code with smaller sizes and
 hold it to thresholds; this script only reports, but exits with 1 when an answer differs.
 
     python -m tests.long.lossless [--quick] [--only PART ...] [--out benchmarks/results/FILE.json]
@@ -17,15 +17,24 @@ from typing import Any
 from tests.common.worker import REPOSITORY, run_worker
 from tests.long.draws import draws
 from vllm_msd.demo.paths import demo_pair
+from vllm_msd.demo.real.pair import real_pair
 from vllm_msd.provenance import provenance
 
-PARTS = ("greedy-v1", "greedy-v2", "sampling-v1", "probabilistic-v1", "sampling-v2")
+PARTS = (
+    "greedy-v1",
+    "greedy-v2",
+    "real-v1",
+    "real-v2",
+    "sampling-v1",
+    "probabilistic-v1",
+    "sampling-v2",
+)
 TIMEOUT = 7200.0  # seconds for one part
 
 
-def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
+def greedy(runner: str, seed: int, quick: bool, real: bool = False) -> dict[str, Any]:
     """Token ids with and without MSD, 200 requests or more unless ``quick``."""
-    pair = demo_pair()
+    pair = real_pair() if real else demo_pair()
     lengths = {"v1": [150, 40, 90, 64, 24], "v2": [4, 5, 4, 6, 16]}[runner]
     return run_worker(
         "greedy",
@@ -37,7 +46,13 @@ def greedy(runner: str, seed: int, quick: bool) -> dict[str, Any]:
         alone=8 if quick else {"v1": 48, "v2": 24}[runner],
         lengths=lengths,
         seed=seed,
+        real=real,
     )
+
+
+def real(runner: str, seed: int, quick: bool) -> dict[str, Any]:
+    """The same on the real language model, which is fetched on first use."""
+    return greedy(runner, seed, quick, real=True)
 
 
 def sampling(runner: str, seed: int, quick: bool, method: str = "greedy") -> dict[str, Any]:
@@ -58,7 +73,7 @@ def probabilistic(runner: str, seed: int, quick: bool) -> dict[str, Any]:
     return sampling(runner, seed, quick, "probabilistic")
 
 
-JOBS = {"greedy": greedy, "sampling": sampling, "probabilistic": probabilistic}
+JOBS = {"greedy": greedy, "real": real, "sampling": sampling, "probabilistic": probabilistic}
 
 
 def show(name: str, report: dict[str, Any]) -> None:
