@@ -2,8 +2,9 @@
 
 Greedy identity on the demo pair and on the real one under both model runners, and the distribution
 test of sampling on a vocabulary of 24 tokens; all run real vLLM on the CPU in fp32, Model Runner V2
-in Triton's interpreter. The tests in ``tests/vllm/test_lossless_*.py`` run the same code with smaller sizes and
-hold it to thresholds; this script only reports, but exits with 1 when an answer differs.
+in Triton's interpreter. The tests in ``tests/vllm/test_lossless_*.py`` run the same code with
+smaller sizes and hold it to thresholds; this script only reports, but exits with 1 when an answer
+differs.
 
     python -m tests.long.lossless [--quick] [--only PART ...] [--out benchmarks/results/FILE.json]
 """
