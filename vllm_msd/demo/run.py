@@ -12,12 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_msd.demo import paths
-from vllm_msd.demo.report.answers import number
 from vllm_msd.demo.report.page import render
 from vllm_msd.demo.samples import KIND_NAMES, HeldOutSample, held_out_samples
 from vllm_msd.measure.compare import Comparison, compare, figures
 from vllm_msd.measure.engine import SHORT, Drafting, timed_dtype
 from vllm_msd.measure.inputs import Pair
+from vllm_msd.measure.report.parts import number
 from vllm_msd.provenance import provenance
 
 
