@@ -1,28 +1,52 @@
-"""Drive a running server with image requests and print latency, throughput and acceptance.
+"""Drive one or two servers with image requests, by load: latency, throughput and acceptance.
 
     examples/serve.sh                                             (in another terminal)
     python examples/benchmark_serving.py
-    python examples/benchmark_serving.py --request-rate 4 --max-concurrency 8 --num-prompts 100
-    python examples/benchmark_serving.py --kinds chart,caption --output result.json
+    python examples/benchmark_serving.py --concurrency 1 2 4 8 16 --chart sweep.png
+    python examples/benchmark_serving.py --request-rate 1 2 4 --kinds chart,caption
+    python examples/benchmark_serving.py --start --concurrency 1 4 16 --output result.json
+    python examples/benchmark_serving.py --base-url http://a:8000 http://b:8000 --data q.json
 
-Requests are the demo's held-out samples, images with questions and text-only instructions; there
-are 105, so more prompts repeat some. The load generator is vLLM's own, `vllm bench serve`; its
-printout has more than the summary here.
+Two addresses are compared, the first with the second; --start starts the two servers itself, one
+after the other: examples/serve.sh with MSD, and the same without. Each concurrency is measured
+with requests as fast as it lets them, each rate with the largest concurrency.
+
+Requests are the demo's held-out samples, images with questions and text-only instructions, or those
+of --data (see `vllm-msd bench --help`); where there are too few, some come again. The load
+generator is vLLM's own, `vllm bench serve`, whose printout is shown only where it fails.
 TTFT is the time to the first token, TPOT the time per further token, both in milliseconds.
 Acceptance comes from the server's /metrics; without speculative decoding there is none.
 """
 
 import argparse
-import base64
-import io
 import itertools
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+SERVE = Path(__file__).with_name("serve.sh")
+STARTS = {"with MSD": {}, "without": {"MSD": "0"}}
+COLUMNS = {
+    "load": "load",
+    "output_throughput": "tokens/s",
+    "request_throughput": "requests/s",
+    "median_ttft_ms": "TTFT ms",
+    "p99_ttft_ms": "p99",
+    "median_tpot_ms": "TPOT ms",
+    "p99_tpot_ms": "p99",
+    "spec_decode_acceptance_length": "accepted",
+    "failed": "failed",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,41 +54,46 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--num-prompts", type=int, default=50)
+    parser.add_argument("--base-url", nargs="+", default=["http://127.0.0.1:8000"], metavar="URL")
     parser.add_argument(
-        "--request-rate",
-        type=float,
-        default=float("inf"),
-        help="requests a second, at random times; inf sends as fast as --max-concurrency lets it",
+        "--start",
+        action="store_true",
+        help="start the servers here, on --port, one after the other",
     )
-    parser.add_argument("--max-concurrency", type=int, default=4)
+    parser.add_argument("--port", type=int, default=8000, help="for --start")
+    parser.add_argument("--num-prompts", type=int, default=50, help="of each load")
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[4], metavar="N")
+    parser.add_argument(
+        "--request-rate", nargs="+", type=float, default=[], metavar="R",
+        help="requests a second, at random times",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--kinds", help="of the demo's samples, separated by commas (default: all)")
+    parser.add_argument("--data", help="instead of the demo's samples; see `vllm-msd bench`")
+    parser.add_argument("--kinds", help="of work, separated by commas (default: all)")
     parser.add_argument("--seed", type=int, default=20_000, help="of the arrival times")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    return parser.parse_args()
+    parser.add_argument("--chart", type=Path, help="draw throughput against latency, a PNG")
+    args = parser.parse_args()
+    if len(args.base_url) > 2:
+        parser.error(f"--base-url: got {len(args.base_url)} addresses, expected one or two")
+    if min([args.port, args.num_prompts, *args.concurrency, *args.request_rate]) <= 0:
+        parser.error("got a number that is not above 0")
+    return args
 
 
-def write_requests(path: Path, kinds: list[str], count: int) -> None:
-    """Write held-out requests in the form of `vllm bench serve`'s custom_image data set.
+def write_requests(path: Path, data: str | None, kinds: list[str] | None, count: int) -> None:
+    """Write ``count`` requests in the form of `vllm bench serve`'s custom_image data set."""
+    from vllm_msd.bench.data import load_requests
+    from vllm_msd.bench.serving_file import write_requests as write
 
-    It sends one user message; for a conversation that is its last question.
-    """
-    from vllm_msd.demo.samples import held_out_samples
-
-    samples = [one for one in held_out_samples() if one.kind in kinds]
-    with path.open("w", encoding="utf-8") as file:
-        for one in itertools.islice(itertools.cycle(samples), count):
-            content = []
-            for image in one.images:
-                buffer = io.BytesIO()
-                image.save(buffer, format="PNG")
-                url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-                content.append({"type": "image_url", "image_url": {"url": url}})
-            last = one.prompt[-1]["content"]
-            content += [part for part in last if part["type"] == "text"]
-            file.write(json.dumps({"content": content}) + "\n")
+    # Kinds are chosen among all, so that there are as many of each as the data have.
+    samples = load_requests(data, (), 10_000 if kinds else count).samples
+    known = {sample.kind for sample in samples}
+    if unknown := set(kinds or ()) - known:
+        names = ", ".join(sorted(known))
+        sys.exit(f"--kinds: got {', '.join(sorted(unknown))}; expected some of {names}")
+    chosen = [sample for sample in samples if kinds is None or sample.kind in kinds]
+    write(path, itertools.islice(itertools.cycle(chosen), count))
 
 
 def served_model(base_url: str) -> tuple[str, str]:
@@ -77,65 +106,149 @@ def served_model(base_url: str) -> tuple[str, str]:
     return model["id"], model.get("root") or model["id"]
 
 
-def summary(result: dict) -> dict:
-    """The figures that matter, by the names they are printed with."""
-    figures = {
-        "completed requests": result["completed"],
-        "failed requests": result["failed"],
-        "TTFT median ms": result["median_ttft_ms"],
-        "TTFT p99 ms": result["p99_ttft_ms"],
-        "TPOT median ms": result["median_tpot_ms"],
-        "TPOT p99 ms": result["p99_tpot_ms"],
-        "requests/s": result["request_throughput"],
-        "output tokens/s": result["output_throughput"],
-    }
-    if "spec_decode_acceptance_length" in result:
-        figures["tokens per verification"] = result["spec_decode_acceptance_length"]
-        figures["acceptance rate %"] = result["spec_decode_acceptance_rate"]
-    return figures
+@contextmanager
+def started(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
+    """A server of examples/serve.sh while the block runs; its address."""
+    url = f"http://127.0.0.1:{port}"
+    if is_up(url):
+        sys.exit(f"--port: another server answers at {url}; give another port")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", str(SERVE), "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    try:
+        while not is_up(url):
+            if process.poll() is not None:
+                sys.exit("the server did not start:\n" + log.read_text(errors="replace")[-3000:])
+            time.sleep(0.5)
+        yield url
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def is_up(url: str) -> bool:
+    """Whether a server answers its health check."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def loads(args: argparse.Namespace) -> list[tuple[int, float]]:
+    """Concurrency and rate of each measurement."""
+    largest = max(args.concurrency)
+    return [
+        *((concurrency, math.inf) for concurrency in args.concurrency),
+        *((largest, rate) for rate in args.request_rate),
+    ]
+
+
+def measure(
+    base_url: str, requests: Path, load: tuple[int, float], args: argparse.Namespace
+) -> dict[str, object]:
+    """The figures of one load, as vLLM's client saves them."""
+    model, root = served_model(base_url)
+    concurrency, rate = load
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+            *("--base-url", base_url, "--model", root, "--served-model-name", model),
+            *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
+            *("--dataset-name", "custom_image", "--dataset-path", str(requests)),
+            *("--num-prompts", str(args.num_prompts), "--request-rate", str(rate)),
+            *("--max-concurrency", str(concurrency), "--temperature", "0"),
+            *("--custom-output-len", str(args.max_tokens), "--seed", str(args.seed)),
+            *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
+            *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = Path(folder) / "result.json"
+        if done.returncode or not result.is_file():
+            sys.exit(f"vllm bench serve failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        found = json.loads(result.read_text())
+    text = f"{concurrency} at a time" if math.isinf(rate) else f"{rate:g} a second"
+    return {"load": text, **{name: found.get(name) for name in [*COLUMNS, "completed"][1:]}}
+
+
+def row(figures: dict[str, object]) -> str:
+    """A line of the table."""
+    cells = []
+    for name in COLUMNS:
+        value = figures[name]
+        text = f"{value:.1f}" if isinstance(value, float) else "-" if value is None else str(value)
+        if name == "spec_decode_acceptance_length" and isinstance(value, float):
+            text = f"{value:.2f}"
+        cells.append(f"{text:<14}" if name == "load" else f"{text:>11}")
+    return "  " + "".join(cells)
+
+
+def sweep(name: str, url: str, requests: Path, args: argparse.Namespace) -> list[dict[str, object]]:
+    """All loads of one server, printed as they come."""
+    titles = [f"{t:<14}" if n == "load" else f"{t:>11}" for n, t in COLUMNS.items()]
+    print(f"\n{name}: {served_model(url)[0]}, {args.num_prompts} requests a load", flush=True)
+    print("  " + "".join(titles), flush=True)
+    found = []
+    for load in loads(args):
+        found.append(measure(url, requests, load, args))
+        print(row(found[-1]), flush=True)
+    return found
+
+
+def draw(found: dict[str, list[dict[str, object]]], path: Path) -> None:
+    """Throughput against the median time per token, a curve for each server."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in found.items():
+        rates = [point["output_throughput"] for point in points]
+        delays = [point["median_tpot_ms"] for point in points]
+        axes.plot(delays, rates, marker="o", label=name)
+        for point, delay, rate in zip(points, delays, rates, strict=True):
+            axes.annotate(str(point["load"]), (delay, rate), fontsize=7, xytext=(4, 4),
+                          textcoords="offset points")  # fmt: skip
+    axes.set_xlabel("median time per token after the first, ms")
+    axes.set_ylabel("output tokens per second")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> int:
     """Run the example."""
     args = parse_args()
-    from vllm_msd.demo.samples import KIND_NAMES
-
-    kinds = args.kinds.split(",") if args.kinds else list(KIND_NAMES)
-    if unknown := set(kinds) - set(KIND_NAMES):
-        known = ", ".join(KIND_NAMES)
-        sys.exit(f"--kinds: got {', '.join(sorted(unknown))}; expected some of {known}")
-    model, root = served_model(args.base_url)
+    found: dict[str, list[dict[str, object]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         requests = Path(folder) / "requests.jsonl"
-        write_requests(requests, kinds, args.num_prompts)
-        command = [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
-            *("--base-url", args.base_url, "--model", root, "--served-model-name", model),
-            *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
-            *("--dataset-name", "custom_image", "--dataset-path", str(requests)),
-            *("--num-prompts", str(args.num_prompts), "--request-rate", str(args.request_rate)),
-            *("--max-concurrency", str(args.max_concurrency), "--temperature", "0"),
-            *("--custom-output-len", str(args.max_tokens), "--seed", str(args.seed)),
-            *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
-            *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
-        ]
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            return code
-        result = json.loads((Path(folder) / "result.json").read_text())
-    figures = summary(result)
-    print(f"\n{model}: {args.num_prompts} requests, concurrency {args.max_concurrency}")
-    for name, value in figures.items():
-        print(
-            f"  {name:<26}{value:>10.2f}"
-            if isinstance(value, float)
-            else f"  {name:<26}{value:>10}"
-        )
-    if "tokens per verification" not in figures:
-        print("  no speculative decoding on this server")
+        write_requests(requests, args.data, args.kinds and args.kinds.split(","), args.num_prompts)
+        if args.start:
+            for name, environment in STARTS.items():
+                with started(environment, args.port, Path(folder) / "server.log") as url:
+                    found[name] = sweep(name, url, requests, args)
+        else:
+            for number, url in enumerate(args.base_url, 1):
+                found[f"{number}: {url}"] = sweep(url, url, requests, args)
+    if len(found) == 2:
+        first, second = found.values()
+        print("\nthe first server's tokens/s over the second's")
+        for one, other in zip(first, second, strict=True):
+            print(
+                f"  {one['load']:<14}{one['output_throughput'] / other['output_throughput']:.2f}x"
+            )
     if args.output:
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
-    return 1 if result["failed"] else 0
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    if args.chart:
+        draw(found, args.chart)
+    return 1 if any(point["failed"] for points in found.values() for point in points) else 0
 
 
 if __name__ == "__main__":

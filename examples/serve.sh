@@ -7,6 +7,7 @@
 #   TARGET=llava-hf/llava-1.5-7b-hf examples/serve.sh  the draft that belongs to the target
 #   TOKENS=5 examples/serve.sh                         chains of 5, whatever pays
 #   TOKENS=16 DEPTH=5 TOP_K=4 examples/serve.sh        trees of 16 nodes
+#   MSD=0 examples/serve.sh                            the target alone, to compare with
 #
 # Environment: TARGET, DRAFT (hub names or folders), TOKENS (drafted per verification; without it what
 # pays), and for trees DEPTH and TOP_K.
@@ -34,6 +35,9 @@ if [[ ! -e /dev/nvidiactl ]]; then
     eval "$(vllm-msd env)"
 fi
 
+if [[ "${MSD:-1}" == 0 ]]; then
+    exec vllm serve "$TARGET" "${options[@]}" "$@"
+fi
 config="{\"method\": \"msd\""
 if [[ -n "${TOKENS:-}" ]]; then
     config+=", \"num_speculative_tokens\": $TOKENS"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import chart, decoding, identity, speed, training
+from . import bench, chart, decoding, identity, speed, training
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -34,6 +34,9 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "benchmarks/results/soak.json": identity.soak,
         "benchmarks/results/gpu_wiring.json": identity.gpu_wiring,
         "benchmarks/results/faults.json": identity.faults,
+    },
+    "docs/benchmarks.md": {
+        "benchmarks/results/bench.json": bench.support,
     },
     "docs/kernels.md": {
         "benchmarks/results/launches.json": speed.launches,

@@ -20,6 +20,7 @@ ORDER = (
     ("vllm_plugin",),
     ("measure",),
     ("demo",),
+    ("bench",),
     ("cli",),
 )
 WITHOUT_VLLM = ("", "draft", "tree", "checkpoint", "kernels", "training", "roofline", "budget")

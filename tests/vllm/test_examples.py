@@ -89,18 +89,32 @@ def test_multi_image(run, msd_server):
 
 @pytest.mark.long
 def test_benchmark_serving(run, msd_server, tmp_path):
-    result = tmp_path / "result.json"
+    result, chart = tmp_path / "result.json", tmp_path / "sweep.png"
     out = run(
         "benchmark_serving.py",
-        *("--base-url", msd_server.url, "--num-prompts", "14", "--request-rate", "20"),
-        *("--max-concurrency", "4", "--max-tokens", "24", "--output", str(result)),
+        *("--base-url", msd_server.url, msd_server.url, "--num-prompts", "8"),
+        *("--concurrency", "4", "--request-rate", "20", "--max-tokens", "24"),
+        *("--output", str(result), "--chart", str(chart)),
     )
-    figures = json.loads(result.read_text())
-    assert figures["completed requests"] == 14 and figures["failed requests"] == 0
-    assert figures["TTFT median ms"] > 0 and figures["TPOT median ms"] > 0
-    assert figures["output tokens/s"] > 0
-    assert 1 <= figures["tokens per verification"] <= 6
-    assert "tokens per verification" in out
+    servers = json.loads(result.read_text())
+    assert len(servers) == 2
+    for points in servers.values():
+        assert [point["load"] for point in points] == ["4 at a time", "20 a second"]
+        for figures in points:
+            assert figures["completed"] == 8 and figures["failed"] == 0
+            assert figures["median_ttft_ms"] > 0 and figures["median_tpot_ms"] > 0
+            assert figures["output_throughput"] > 0
+            assert 1 <= figures["spec_decode_acceptance_length"] <= 9
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert "over the second's" in out
+    assert "leaked" not in out and "Namespace" not in out, "a table of its own"
+
+
+def test_benchmark_serving_refuses_what_cannot_work(run):
+    out = run("benchmark_serving.py", "--concurrency", "0", code=2)
+    assert "above 0" in out
+    out = run("benchmark_serving.py", "--kinds", "opera", code=1)
+    assert "expected some of caption, chart" in out and "Traceback" not in out
 
 
 def test_a_missing_server_is_said_so(run):

@@ -24,6 +24,7 @@ COMMAND_MODULES = (
     "training_commands",
     "vocabulary_commands",
     "regenerate_command",
+    "bench_command",
     "demo_commands",
 )
 

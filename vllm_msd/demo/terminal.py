@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
-from vllm_msd.demo.report.answers import number
 from vllm_msd.demo.samples import KIND_NAMES
 from vllm_msd.measure.compare import Comparison, compare
 from vllm_msd.measure.engine import Drafting
 from vllm_msd.measure.inputs import Pair, Sample
+from vllm_msd.measure.report.parts import number
 
 
 def compare_aloud(

@@ -162,7 +162,7 @@ class Engine:
 
     def __init__(
         self,
-        target: Path,
+        target: Path | str,
         *,
         draft: Path | None = None,
         drafting: Drafting = Drafting(),
@@ -170,7 +170,7 @@ class Engine:
         keep_trees: bool = False,
         **options: Any,
     ) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoProcessor, AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -192,7 +192,9 @@ class Engine:
             "use_tqdm_on_load": False,
             "seed": 0,
         }
-        self.tokenizer = AutoTokenizer.from_pretrained(target)
+        self.tokenizer = self._template = AutoTokenizer.from_pretrained(target)
+        if self.tokenizer.chat_template is None:  # some models keep it with their processor
+            self._template = AutoProcessor.from_pretrained(target)
         self._record = _spec_decoding_recorder()
         args = EngineArgs(model=str(target), dtype=dtype, **(defaults | options))
         self.llm = LLMEngine.from_engine_args(args, stat_loggers=[self._record])
@@ -218,6 +220,19 @@ class Engine:
         """vLLM's model runner, for experiments that look inside."""
         return self.llm.model_executor.driver_worker.worker.model_runner
 
+    def step(self) -> tuple[list[Any], Any]:
+        """One engine step: vLLM's outputs, and its figures of speculation (None: no drafts)."""
+        self._record.take()
+        outputs = self.llm.step()
+        return outputs, self._record.take()
+
+    def close(self) -> None:
+        """Shut the engine down, so that another one has its memory and cores."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
     def share_target(self, other: "Engine") -> None:
         """Take over another engine's target weights, which must be the same, and drop the own.
 
@@ -232,7 +247,7 @@ class Engine:
 
     def prompt(self, sample: Sample) -> dict[str, Any]:
         """vLLM's prompt of a sample."""
-        ids = self.tokenizer.apply_chat_template(
+        ids = self._template.apply_chat_template(
             sample.prompt, add_generation_prompt=True, tokenize=True, return_dict=False
         )
         prompt: dict[str, Any] = {"prompt_token_ids": ids}

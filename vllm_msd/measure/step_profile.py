@@ -25,6 +25,7 @@ class StepClock:
         self.current: dict[str, float] = defaultdict(float)
         self.total: dict[str, float] = defaultdict(float)
         self.steps = 0
+        self._wrapped: list[tuple[Any, str]] = []
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """``call``, whose time counts as ``part``."""
@@ -41,6 +42,12 @@ class StepClock:
     def wrap(self, owner: Any, name: str, part: str) -> None:
         """Time a method of one object."""
         setattr(owner, name, self.timed(part, getattr(owner, name)))
+        self._wrapped.append((owner, name))
+
+    def unwrap(self) -> None:
+        """Give the objects their own methods back."""
+        while self._wrapped:
+            delattr(*self._wrapped.pop())
 
     def finish(self, counts: bool) -> None:
         """End the step; it counts when it verified drafts."""
@@ -75,17 +82,33 @@ def profile_steps(
             "under V1, whose parts are timed here."
         )
     engine.answer(samples[0], 16)  # pays for lazy set-up
+    return profile_engine(engine, samples, max_tokens=max_tokens)
+
+
+def profile_engine(
+    engine: Engine, samples: Sequence[Sample], *, max_tokens: int = 192, split_target: bool = False
+) -> dict[str, Any]:
+    """As `profile_steps`, with an engine that drafts trees or chooses its sizes, as it stands.
+
+    ``split_target`` tells the target's own matrix products from the rest of its pass.
+
+    Raises:
+        MSDError: no step had drafts in it.
+    """
     runner, clock = engine.model_runner, StepClock()
-    draft = runner.drafter.model
+    draft, target = runner.drafter.model, runner.model
     clock.wrap(engine.llm, "step", "step")
-    clock.wrap(runner.model, "forward", "target")
-    clock.wrap(runner.model, "compute_logits", "target head")
+    clock.wrap(target, "forward", "target")
+    clock.wrap(target, "compute_logits", "target head")
     clock.wrap(runner, "_sample", "sampling and settling")
     clock.wrap(runner.rejection_sampler, "forward", "sampling")
     clock.wrap(runner, "propose_draft_token_ids", "drafting")
     for module in _linear_layers(draft):
         clock.wrap(module, "forward", "draft products")
     clock.wrap(draft, "column_logits", "draft products")
+    if split_target:
+        for module in _linear_layers(target.get_language_model()):
+            clock.wrap(module, "forward", "target products")
 
     step = engine.llm.step
 
@@ -95,8 +118,13 @@ def profile_steps(
         return outputs
 
     engine.llm.step = counted_step
-    for sample in samples:
-        engine.answer(sample, max_tokens)
+    try:
+        for sample in samples:
+            engine.answer(sample, max_tokens)
+    finally:
+        clock.unwrap()  # the counting with it, which stands in the same place
+    if not clock.steps:
+        raise MSDError("profile: got no step with drafts in it, expected some.")
     return _shares(clock)
 
 
@@ -120,6 +148,13 @@ def products_by_rows(
         ``milliseconds`` by rows.
     """
     engine = Engine(pair.target, draft=pair.draft, drafting=Drafting(1), dtype=dtype)
+    return products_of(engine, row_counts, dtype=dtype, rounds=rounds)
+
+
+def products_of(
+    engine: Engine, row_counts: Sequence[int], *, dtype: str, rounds: int = 7
+) -> dict[str, dict[str, Any]]:
+    """As `products_by_rows`, of an engine with a draft, as it stands."""
     runner = engine.model_runner
     models = {"target": runner.model.get_language_model(), "draft": runner.drafter.model}
     layers = {name: _linear_layers(model) for name, model in models.items()}
@@ -171,8 +206,15 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
 
 def _shares(clock: StepClock) -> dict[str, Any]:
     mean = {part: 1000 * seconds / clock.steps for part, seconds in clock.total.items()}
-    parts = {
-        "target": mean["target"] + mean["target head"],
+    target = mean["target"] + mean["target head"]
+    parts = {"target": target}
+    if "target products" in mean:
+        products = mean["target products"] + mean["target head"]
+        parts = {
+            "target's matrix products": products,
+            "rest of the target": target - products,
+        }
+    parts |= {
         "sampling and acceptance": mean["sampling"],
         "settling": mean["sampling and settling"] - mean["sampling"],
         "draft's matrix products": mean["draft products"],

@@ -13,6 +13,7 @@ from vllm_msd.demo.samples import KIND_NAMES, HeldOutSample
 from vllm_msd.demo.scoring import score
 from vllm_msd.measure.compare import Comparison
 from vllm_msd.measure.engine import Answer
+from vllm_msd.measure.report.parts import number
 
 
 def draft_tree(comparisons: Sequence[Comparison], text_of: Callable[[int], str]) -> str:
@@ -107,8 +108,3 @@ def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """The value to so many digits, "n/a" for none."""
-    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -6,11 +6,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vllm_msd.demo.report.answers import card, draft_tree, number
-from vllm_msd.demo.report.bars import bars, grouped_bars
+from vllm_msd.demo.report.answers import card, draft_tree
 from vllm_msd.demo.samples import KIND_NAMES
 from vllm_msd.measure.compare import Comparison
 from vllm_msd.measure.engine import SHORT, Drafting
+from vllm_msd.measure.report.bars import bars, grouped_bars
+from vllm_msd.measure.report.parts import facts, number, panel, style, tile, times
 
 TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -34,6 +35,7 @@ def render(
         text_of: a token's text, for the tree.
     """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=style(),
         lead=_lead(comparisons, draftings, provenance),
         tiles=_tiles(comparisons, small, wide, draftings, provenance),
         meaning=_meaning(wide, provenance),
@@ -41,7 +43,7 @@ def render(
         wide_table=_wide_table(wide, draftings, provenance),
         tree=draft_tree(comparisons, text_of),
         cards="".join(card(c) for c in comparisons),
-        facts=_facts(provenance),
+        facts=facts(provenance),
     )
 
 
@@ -59,10 +61,6 @@ def _lead(comparisons: Sequence, draftings: dict[str, Drafting], provenance: dic
     )
 
 
-def _tile(value: str, label: str, kind: str = "") -> str:
-    return f'<div class="tile {kind}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
-
-
 def _tiles(
     comparisons: Sequence[Comparison],
     small: dict,
@@ -72,7 +70,7 @@ def _tiles(
 ) -> str:
     same = sum(all(c.identical(name) for name in draftings) for c in comparisons)
     tiles = [
-        _tile(
+        tile(
             f"{same} of {len(comparisons)}",
             "answers identical with and without MSD (fp32, greedy)",
             "good" if same == len(comparisons) else "bad",
@@ -80,16 +78,17 @@ def _tiles(
     ]
     for name, drafting in draftings.items():
         tiles.append(
-            _tile(
+            tile(
                 number(small[name]["multimodal"]["acceptance_length"]),
                 "tokens per verification on image requests, the target's own included, with a "
                 f"{drafting}",
             )
         )
     for name, drafting in draftings.items() if wide is not None else ():
-        size, times = _wide_name(provenance), wide[name]["speed"]["speedup"]
+        size, speedup = _wide_name(provenance), wide[name]["speed"]["speedup"]
         label = f"the decoding speed without MSD, at {size}, with a {drafting}"
-        tiles.append(_tile(_times(times), label, "good" if times and times > 1 else "bad"))
+        is_faster = speedup is not None and speedup > 1
+        tiles.append(tile(times(speedup), label, "good" if is_faster else "bad"))
     return "".join(tiles)
 
 
@@ -133,7 +132,7 @@ def _panels(
     kinds = list(next(iter(small.values()))["by_kind"])
     most = max(drafting.deepest for drafting in draftings.values())
     panels = [
-        _panel(
+        panel(
             "Tokens per verification",
             "Small pair, fp32. 1 means nothing accepted; one more than its depth is the most a "
             "chain or tree can give.",
@@ -150,7 +149,7 @@ def _panels(
                 most + 1,
             ),
         ),
-        _panel(
+        panel(
             "Accepted by depth",
             "Share of the verifications that accepted a drafted token at this depth. Small pair, "
             "all requests.",
@@ -178,12 +177,12 @@ def _panels(
         rows = [("without MSD", plain, number(plain, 1), "plain")]
         for name, one in speeds.items():
             rate = one["msd_tokens_per_second"]
-            text = f"{number(rate, 1)}  ({_times(one['speedup'])})"
+            text = f"{number(rate, 1)}  ({times(one['speedup'])})"
             rows.append((f"with a {name}", rate, text, colours[name]))
         longest = max(value or 0 for _, value, _, _ in rows)
         charts.append(f"<p><b>{escape(title)}</b></p>" + bars(rows, longest))
     panels.append(
-        _panel(
+        panel(
             "Decoding speed, tokens per second",
             "Batch 1, greedy; the engines took turns on the same cores.",
             "".join(charts),
@@ -195,12 +194,6 @@ def _panels(
 def _by_depth(accepted: dict[str, Any], deepest: int, rows: int) -> list[float | None]:
     shares = accepted["acceptance_rate_per_position"] or [0.0] * deepest
     return [shares[depth] if depth < deepest else None for depth in range(rows)]
-
-
-def _panel(title: str, note: str, body: str) -> str:
-    return (
-        f'<div class="panel"><h3>{escape(title)}</h3><p class="soft">{escape(note)}</p>{body}</div>'
-    )
 
 
 def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: dict) -> str:
@@ -222,12 +215,12 @@ def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: d
                 cells.append(number(speed["plain_tokens_per_second"], 1))
             cells += [
                 number(speed["msd_tokens_per_second"], 1),
-                _times(speed["speedup"]),
+                times(speed["speedup"]),
                 number(accepted["acceptance_length"]),
             ]
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     rounds = "; ".join(
-        f"{draftings[name]}: " + ", ".join(_times(r) for r in found["speed"]["speedup_per_round"])
+        f"{draftings[name]}: " + ", ".join(times(r) for r in found["speed"]["speedup_per_round"])
         for name, found in wide.items()
     )
     size = escape(_wide_name(provenance))
@@ -236,17 +229,3 @@ def _wide_table(wide: dict | None, draftings: dict[str, Drafting], provenance: d
         f"{''.join(lines)}</table></div>"
         f'<p class="soft">Speed-up in each interleaved round: {escape(rounds)}.</p>'
     )
-
-
-def _facts(provenance: dict[str, Any]) -> str:
-    rows = [("command", provenance["command"]), ("date", provenance["date"])]
-    for table in ("settings", "machine", "versions"):
-        rows += [(name.replace("_", " "), value) for name, value in provenance[table].items()]
-    return "".join(
-        f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>"
-        for name, value in rows
-    )
-
-
-def _times(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}x"

@@ -60,11 +60,13 @@ class AutoProposer(TreeProposer):
         forced: see `Forced`; None when serving.
         spent: of the last `propose`.
         plan: of the last `propose`.
+        tables: what steps cost, for each shape that was chosen from.
     """
 
     limits: list[int]
     forced: Forced | None = None
     drafted: DraftTree | None
+    tables: dict[TreeConfig, CostTable]
 
     def __init__(self, vllm_config, device, runner=None) -> None:
         super().__init__(vllm_config, device, runner)

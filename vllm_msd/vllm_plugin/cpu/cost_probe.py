@@ -49,6 +49,7 @@ def prepare_budget(runner: TreeModelRunner) -> None:
             table = measure(runner, shape, SECONDS / len(drafter.shapes))
             _save(table, key)
         tables[shape] = table
+    drafter.tables = tables
     shape = choose_shape(list(tables.items()), drafter.prior.by_depth)
     drafter.use(shape, tables[shape])
     depths = [f"{n}: {_argmax(drafter.chooser.rates(n))}" for n in (1, 4, 16)]

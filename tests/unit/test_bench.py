@@ -1,0 +1,296 @@
+"""The benchmark's settings, data, figures and page, from made-up measurements: no engine here."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from vllm_msd.bench import ties
+from vllm_msd.bench.arms import parse_arms
+from vllm_msd.bench.charts import draw
+from vllm_msd.bench.data import load_requests
+from vllm_msd.bench.drive import Cell, Reply
+from vllm_msd.bench.figures import Results, percentile, summary
+from vllm_msd.bench.report import render
+from vllm_msd.bench.serving_file import content, write_requests
+from vllm_msd.bench.settings import BenchSettings
+from vllm_msd.bench.table import closing_table, heading, line
+from vllm_msd.cli.main import main
+from vllm_msd.errors import ConfigError, DataError
+from vllm_msd.measure.inputs import Sample
+
+ARMS = parse_arms(["chain:2", "auto"])
+NAMES = [arm.name for arm in ARMS]
+PROVENANCE = {
+    "date": "2030-01-02 03:04 UTC",
+    "command": "vllm-msd bench",
+    "settings": {"target": "<b>mine", "wide": None, "passes": 2},
+    "machine": {"processor": "a <fast> one"},
+    "versions": {"vllm": "0.32.0"},
+    "data": {"source": "q.json", "requests": 2, "left_out": 0, "kinds": {"a": 1, "<i>": 1}},
+}
+# One row costs 10 ms, each further one 1 ms; the draft 2 ms to read and 1 ms a level.
+COSTS = {
+    "step": [[1, 1, 0.010], [1, 11, 0.020]],
+    "prefill": [[1, 0.002]],
+    "level": [[1, 0.001]],
+}
+IDEAL = {
+    "costs": {"auto": COSTS, "chain": COSTS},
+    "auto_width": 1,
+    "products": {"target": {"1": 5.0, "11": 10.0}, "draft": {"1": 0.5}},
+    "profile": {
+        "arm": "auto",
+        "steps": 3,
+        "milliseconds_per_step": {"target": 8.0, "rest of the step": 2.0, "whole step": 10.0},
+    },
+}
+
+
+def _cell(seconds: float, tokens: list[list[int]], steps: list[list[float]], **more) -> Cell:
+    replies = [Reply(ids, 0.1, 0.1 + seconds / 2, len(ids), "stop") for ids in tokens]
+    return Cell(seconds, replies, full_steps=steps, **more)
+
+
+@pytest.fixture
+def results() -> Results:
+    plain = [_cell(2.0, [[1, 2, 3], [4, 5]], [[0, 0, 10, 0.2, 10]]) for _ in range(2)]
+    drafts = {"verifications": 4, "drafted": 8, "accepted": 6, "accepted_by_depth": [4, 2]}
+    # Three tokens a step of three rows and two levels; the steps take twice what the costs say.
+    fast = [[2, 2, 10, 10 * 0.030, 30]]
+    chain = [_cell(s, [[1, 2, 3], [4, 9]], fast, **drafts) for s in (1.0, 0.5)]
+    auto = [_cell(2.5, [[1, 2, 3], [4, 5]], [[0, 0, 10, 0.21, 10]]) for _ in range(2)]
+    found = [
+        ties.Difference(1, "chain:2", turn, 1, 1, 9, 5, [4], gap, is_near_tie=gap < 0.1)
+        for turn, gap in enumerate((0.0001, 2.0))
+    ]
+    cells = dict(zip([(0.0, 1, name) for name in NAMES], (plain, chain, auto), strict=True))
+    return Results(ARMS, cells, ["a", "<i>"], found, IDEAL)
+
+
+def test_arms_are_what_vllm_is_given():
+    none, ngram, tree, auto = parse_arms(["ngram:3", "tree:8x4x2", "auto"])
+    assert none.speculative_config("d") is None and none.depth == ngram.depth == 0
+    assert ngram.speculative_config("d")["num_speculative_tokens"] == 3
+    assert tree.speculative_config("d") == {
+        "method": "msd", "model": "d", "num_speculative_tokens": 8, "tree_depth": 4, "tree_top_k": 2
+    }  # fmt: skip
+    assert (tree.depth, tree.width, auto.depth) == (4, 2, None)
+    assert auto.speculative_config(None) == {"method": "msd"}
+
+
+@pytest.mark.parametrize("names", [["fast"], ["chain:x"], ["tree:3"], ["chain:0"], ["auto:3"],
+                                   ["chain", "chain"], ["tree:3x5x2"]])  # fmt: skip
+def test_a_wrong_arm_is_refused(names):
+    with pytest.raises(ConfigError, match=r"got"):
+        parse_arms(names)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"arms": ("none",)},
+        {"batch": (1, 1)},
+        {"temperature": (-1.0,)},
+        {"passes": 1},
+        {"target": "/not/there"},
+        {"draft": "mine"},
+        {"target": "org/model", "wide": "350M"},
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(wrong, tmp_path, capsys):
+    with pytest.raises(ConfigError):
+        BenchSettings(output=tmp_path, **wrong).check()
+    BenchSettings(output=tmp_path, target="org/model", draft="org/draft").check()
+
+
+def test_the_command_tells_a_mistake_in_a_sentence(capsys, tmp_path):
+    assert main(["bench", "--arms", "fast", "--output", str(tmp_path)]) == 2
+    assert "expected some of none, ngram" in capsys.readouterr().err
+
+
+def test_speed_is_the_median_of_the_passes_against_none_of_the_same_pass(results):
+    one = summary(results)["cells"][0]["arms"]
+    assert one["none"]["tokens_per_second_per_pass"] == [2.5, 2.5]
+    assert one["chain:2"]["speedup_per_pass"] == [2.0, 4.0] and one["chain:2"]["speedup"] == 3.0
+    assert one["chain:2"]["acceptance_length"] == 1 + 6 / 4
+    assert one["chain:2"]["acceptance_rate_per_position"] == [1.0, 0.5]
+    assert one["none"]["acceptance_length"] is None
+    assert one["none"]["natural_ends"] == one["none"]["requests"] == 4
+
+
+def test_shares_of_the_ideal(results):
+    one = summary(results)["cells"][0]["arms"]
+    # 3 tokens in (10 + 2 rows of 1) + (2 + 1) ms, against 1 in 10 ms: 2 times as fast.
+    assert one["chain:2"]["ideal_speedup"] == pytest.approx(3 / 0.015 / 100)
+    # Reached: 100 tokens/s against 50.
+    assert one["chain:2"]["decode_speedup"] == pytest.approx(2.0)
+    assert one["chain:2"]["share_of_ideal_speedup"] == pytest.approx(1.0)
+    # Products: (5 + 2 rows of 0.5) + 0.5 to read + 0.5 for a level.
+    assert one["chain:2"]["ideal_tokens_per_second"] == pytest.approx(3 / 0.007)
+    assert one["none"]["share_of_ideal_tokens_per_second"] == pytest.approx(50 / 200)
+    assert one["none"]["ideal_speedup"] == 1.0
+
+
+def test_what_is_not_known_is_said_so(results):
+    found = {
+        **PROVENANCE,
+        **summary(Results(**{**vars(results), "ideal": {"missing": "no <auto>"}})),
+    }
+    assert found["cells"][0]["arms"]["chain:2"]["share_of_ideal_speedup"] is None
+    assert "no &lt;auto&gt;" in render(found)
+
+
+def test_near_ties_are_counted_apart(results):
+    found = summary(results)
+    one = found["cells"][0]["arms"]["chain:2"]
+    assert (one["identical"], one["near_ties"], one["differing"]) == (2, 1, 1)
+    assert found["support"] == {
+        "chain:2": {"1": {"identical": False, "not_slower": True}},
+        "auto": {"1": {"identical": True, "not_slower": False}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("best", "dtype", "is_near"),
+    [
+        ([(9, -0.7), (5, -0.7005)], "float32", True),
+        ([(9, -0.7), (5, -0.9)], "float32", False),
+        ([(9, -0.7), (5, -0.9)], "bfloat16", True),
+        ([(5, -0.7), (8, -0.7)], "bfloat16", False),  # the arm's token is none of the two
+    ],
+)
+def test_a_near_tie_is_between_the_two_best(best, dtype, is_near):
+    one = ties.Difference(1, "chain", 0, 0, 1, 9, 5, [4])
+    assert ties._judged(one, best, dtype).is_near_tie is is_near
+
+
+def test_differences_name_the_first_token():
+    plain, replies = [Reply([1, 2, 3]), Reply([4]), Reply([5])], [Reply([1, 7, 3]), Reply([4, 6])]
+    found = ties.differences(plain, [*replies, Reply([5])], 2, "auto", 1)
+    assert [(d.request, d.position, d.token, d.plain, d.prefix) for d in found] == [
+        (0, 1, 7, 2, [1]), (1, 1, 6, None, [4])
+    ]  # fmt: skip
+
+
+def test_percentiles():
+    assert percentile([3, 1, 2], 50) == 2 and percentile([0.0, 10.0], 99) == pytest.approx(9.9)
+    assert percentile([], 50) is None
+
+
+class _Checker(HTMLParser):
+    """Counts open tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "rect", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "rect":
+            assert self.open.pop() == tag
+
+
+def test_page_table_and_charts(results, tmp_path):
+    found = {**PROVENANCE, **summary(results)}
+    page = render(json.loads(json.dumps(found)))
+    checker = _Checker()
+    checker.feed(page)
+    assert not checker.open and "$" not in page
+    assert "&lt;b&gt;mine" in page and "<b>mine" not in page and "<i>" not in page
+    assert "2 of 4 +1 ties" in page and "other answers" in page and "slower" in page
+    text = closing_table(found)
+    assert "3.00x" in text and "2.00 to 4.00" in text and "100%" in text
+    cells = {name: results.cells[0.0, 1, name][0] for name in NAMES}
+    assert "(2.00x)" in line(0.0, 1, 0, cells) and "chain:2" in heading(ARMS)
+    for path in draw(found, tmp_path):
+        assert Image.open(path).width > 500
+
+
+def _record(name: str, *turns: str, **more) -> dict:
+    speakers = ("human", "gpt")
+    spoken = [{"from": speakers[i % 2], "value": text} for i, text in enumerate(turns)]
+    return {"id": name, "conversations": spoken, **more}
+
+
+def test_conversations_ask_the_last_question_after_what_was_said(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    records = [
+        _record("1", "Hi", "Hello", "And <image>?", "Red", image="a.png", kind="vqa"),
+        _record("2", "Alone"),
+        _record("3", "", "", "no reply to the first", kind="bad"),
+        _record("4", "One", "1", kind="vqa"),
+    ]
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(records))
+    found = load_requests(str(path), (), 9)
+    assert [sample.kind for sample in found.samples] == ["vqa", "q", "vqa"], "kinds in turn"
+    first, alone, _ = found.samples
+    assert [m["role"] for m in first.prompt] == ["user", "assistant", "user"]
+    assert len(first.images) == 1 and first.prompt[0]["content"][0]["text"] == "Hi"
+    assert alone.prompt == [{"role": "user", "content": [{"type": "text", "text": "Alone"}]}]
+    assert len(found.left_out) == 1 and "line" in found.left_out[0]
+
+
+def test_mmspec_asks_the_first_question_of_each_line(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
+    rows = [
+        {"id": 1, "image": "a.png", "turns": ["What?", "And?"], "category": "vqa", "topic": "x"},
+        {"id": 2, "image": None, "turns": ["Text"], "category": "chat"},
+    ]
+    file = tmp_path / "mmspec.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in (tmp_path, file):
+        first, second = load_requests(str(data), (), 5).samples
+        assert first.kind == "vqa" and len(first.images) == 1 and not second.images
+        assert first.prompt[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is empty"),
+        ("{", "line 1: not valid JSON"),
+        ('{"turns": []}', "expected a list of questions"),
+        ('{"turns": ["a"], "image": 3}', "expected names of files"),
+        ('{"turns": ["a"], "image": "no.png"}', "there is no such file.*--image-root"),
+    ],
+)
+def test_wrong_mmspec_data_is_refused(tmp_path, text, reason):
+    (tmp_path / "mmspec.jsonl").write_text(text)
+    with pytest.raises(DataError, match=reason):
+        load_requests(str(tmp_path), (), 5)
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"without mmspec\.jsonl"):
+        load_requests(str(tmp_path), (), 5)
+
+
+def test_requests_for_vllms_load_generator(tmp_path):
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    image, text = {"type": "image"}, {"type": "text", "text": "What?"}
+    earlier = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
+    own = Sample([red, blue], [*earlier, {"role": "user", "content": [text, image]}], "a")
+    inherited = Sample([red], [*earlier, {"role": "user", "content": [text]}], "a")
+    kinds = [[part["type"] for part in content(one)] for one in (own, inherited)]
+    assert kinds == [["text", "image_url"], ["image_url", "text"]]
+    assert content(own)[1] != content(inherited)[0], "the second picture, not the first"
+    path = tmp_path / "requests.jsonl"
+    write_requests(path, [own, inherited])
+    assert [json.loads(line)["content"] for line in path.open()] == [
+        content(own),
+        content(inherited),
+    ]
+
+
+def test_the_command_writes_requests(tmp_path, capsys):
+    path = tmp_path / "requests.jsonl"
+    arguments = ["--num-prompts", "7", "--write-requests", str(path), "--output", str(tmp_path)]
+    assert main(["bench", *arguments]) == 0
+    assert "7 requests" in capsys.readouterr().out and len(path.read_text().splitlines()) == 7

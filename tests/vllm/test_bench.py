@@ -1,0 +1,88 @@
+"""`vllm-msd bench` on the demo pair, small: killed on its way, gone on with, and what it found."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.common.worker import HANGS, REPOSITORY
+
+ARMS = ["none", "ngram", "chain", "tree:8x4x2", "auto"]
+CELLS = 2 * len(ARMS)
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def bench(fresh_process, tmp_path_factory):
+    """Starts the command; its output folder."""
+    folder = tmp_path_factory.mktemp("bench") / "out"
+    command = [
+        *(sys.executable, "-m", "vllm_msd.cli.main", "bench", "--quick", "--arms", *ARMS),
+        *("--batch", "2", "--num-prompts", "4", "--max-tokens", "24", "--output", str(folder)),
+    ]
+
+    def start(*more: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=REPOSITORY, **fresh_process,
+        )  # fmt: skip
+
+    start.folder = folder
+    return start
+
+
+@pytest.fixture(scope="module")
+def runs(bench):
+    """Cells that a kill left, and what the same command printed then."""
+    journal = bench.folder / "bench.json.journal"
+    first = bench()
+    until = time.monotonic() + HANGS
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+        assert first.poll() is None and time.monotonic() < until, first.communicate()[0]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    left = journal.read_bytes()
+    second = bench()
+    said, _ = second.communicate(timeout=HANGS)
+    assert second.returncode == 0, said[-4000:]
+    return left, journal.read_bytes(), said
+
+
+def test_a_killed_run_goes_on(runs):
+    left, whole, said = runs
+    kept = left[: left.rindex(b"\n") + 1]
+    assert whole.startswith(kept), "what was measured is not measured again"
+    cells = kept.count(b"\n") - 1
+    assert f"going on: {CELLS - cells} of {CELLS} cells are left" in said
+    rows = [json.loads(line) for line in whole.splitlines()[1:]]
+    places = [(row["record"], row["sample"]) for row in rows]
+    assert len({*places}) == len(places) == CELLS + 2
+
+
+def test_answers_are_those_of_no_speculation(bench, runs):
+    found = json.loads((bench.folder / "bench.json").read_text())
+    (cell,) = found["cells"]
+    for name, one in cell["arms"].items():
+        assert one["identical"] == one["requests"] == 8, name
+        assert len(one["speedup_per_pass"]) == 2 and one["tokens"] > 50
+    for name in ("chain", "tree:8x4x2"):
+        one = cell["arms"][name]
+        assert 0 < one["accepted"] < one["drafted"], "drafts were accepted and rejected"
+        assert one["share_of_ideal_speedup"] > 0 and one["share_of_ideal_tokens_per_second"] > 0
+    assert set(found["support"]) == {*ARMS} - {"none"}
+    parts = found["profile"]["milliseconds_per_step"]
+    assert parts["target's matrix products"] > 0 and parts["rest of the target"] > 0
+    page = (bench.folder / "report.html").read_text()
+    assert "Where a step's time goes" in page.replace("&#x27;", "'")
+    assert (bench.folder / "kinds.png").stat().st_size > 5000
+
+
+def test_another_command_in_the_same_folder_is_refused(bench, runs):
+    other = bench("--seed", "5")
+    said, _ = other.communicate(timeout=HANGS)
+    assert other.returncode == 2 and "seed: 0, now 5" in said and "--force" in said

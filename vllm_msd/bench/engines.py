@@ -1,0 +1,166 @@
+"""The engines of a run, one an arm: all of them in this process, or one after another."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from vllm_msd.bench.arms import NONE, Arm
+from vllm_msd.bench.settings import BenchSettings
+from vllm_msd.errors import ConfigError
+from vllm_msd.measure.engine import Engine, timed_dtype
+from vllm_msd.measure.inputs import Sample
+
+USUAL_LENGTH = 4096  # of a request with its images, where the model takes so much
+_ROOM = 1024  # tokens that each running request has room for on a CPU, and one of full length
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is measured: folders or hub names, and what vLLM computes in."""
+
+    target: str
+    draft: str | None
+    dtype: str
+
+
+def models_of(settings: BenchSettings) -> Models:
+    """The models of a run; the demo pair is widened if that was asked for.
+
+    Raises:
+        CheckpointError, ConfigError: they are not there.
+    """
+    import torch
+
+    dtype = settings.dtype
+    if dtype == "auto" and not torch.cuda.is_available():
+        dtype = timed_dtype()
+    if settings.target is not None:
+        return Models(settings.target, settings.draft, dtype)
+    from vllm_msd.demo.paths import demo_pair, wide_pair
+
+    if settings.wide is None:
+        pair = demo_pair()
+        dtype = "float32" if settings.dtype == "auto" else dtype
+    else:
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        pair = wide_pair(settings.wide, dtype=dtype, report=lambda line: print(line, flush=True))
+    return Models(str(pair.target), str(pair.draft), dtype)
+
+
+class Engines:
+    """Starts an arm's engine when it is asked for.
+
+    Together they take turns on the same cores; on a CPU they hold the target once. Apart, each is
+    closed before the next one starts.
+    """
+
+    def __init__(self, settings: BenchSettings, models: Models, samples: Sequence[Sample]) -> None:
+        self._settings, self._models = settings, models
+        self._arms = {arm.name: arm for arm in settings.parsed_arms}
+        self._warm_up = _blank(samples)
+        self._options = _options(settings, models, samples)
+        self._open: dict[str, Engine] = {}
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the engines hold one copy of the target: not where graphs keep its address."""
+        import torch
+
+        settings = self._settings
+        is_eager = not (torch.cuda.is_available() or settings.compile)
+        return settings.engines == "together" and is_eager
+
+    def get(self, name: str) -> Engine:
+        """The engine of an arm, warm.
+
+        Raises:
+            ConfigError: vLLM does not start with these settings.
+        """
+        if name not in self._open:
+            if self._settings.engines == "apart":
+                self.close()
+            if self.shared and name != NONE:
+                self.get(NONE)
+            self._open[name] = self._start(self._arms[name])
+        return self._open[name]
+
+    def close(self) -> None:
+        """Shut all of them down."""
+        while self._open:
+            self._open.popitem()[1].close()
+            if self._cores is not None:
+                os.sched_setaffinity(0, self._cores)  # an engine binds the process to some
+
+    def _start(self, arm: Arm) -> Engine:
+        config = arm.speculative_config(self._models.draft)
+        options = dict(self._options)
+        _mend_llvmlite()
+        if config is not None:
+            options["speculative_config"] = config
+        try:
+            engine = Engine(self._models.target, dtype=self._models.dtype, **options)
+        except ValueError as error:
+            raise ConfigError(f"{arm.name} ({arm}): {_first_reason(error)}") from error
+        if self.shared and arm.name != NONE:
+            engine.share_target(self._open[NONE])
+        engine.answer(self._warm_up, 16)  # the first request pays for lazy set-up
+        return engine
+
+
+def _mend_llvmlite() -> None:
+    """Let an engine start where numba is loaded, which vLLM's ngram does.
+
+    A starting engine looks into every object of every module (vLLM 0.32 and 0.33, on a CPU).
+    llvmlite's library answers to any name, ``__dict__`` too, with a function; here with a dict.
+    """
+    if (ffi := sys.modules.get("llvmlite.binding.ffi")) is not None:
+        ffi.lib._fntab["__dict__"] = {}
+
+
+def _first_reason(error: ValueError) -> str:
+    """The text of an error, of pydantic's the reason alone."""
+    details = getattr(error, "errors", None)
+    if callable(details) and (found := details()):
+        return str(found[0].get("msg", error)).removeprefix("Value error, ")
+    return str(error)
+
+
+def _blank(samples: Sequence[Sample]) -> Sample:
+    """A request as they come, with blank images."""
+    sample = next((one for one in samples if one.images), samples[0])
+    return replace(sample, images=[Image.new("RGB", image.size) for image in sample.images])
+
+
+def _options(settings: BenchSettings, models: Models, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Engine arguments that all arms have in common."""
+    import torch
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(models.target).get_text_config()
+    longest = getattr(text, "max_position_embeddings", USUAL_LENGTH)
+    length = settings.max_model_len or min(longest, USUAL_LENGTH)
+    options: dict[str, Any] = {
+        "max_model_len": length,
+        "max_num_seqs": max(settings.batch),
+        "limit_mm_per_prompt": {"image": max(1, *(len(one.images) for one in samples))},
+        # A second pass must do again what the first one did: nothing of a picture is kept.
+        "mm_processor_cache_gb": 0,
+    }
+    if torch.cuda.is_available():
+        options["enforce_eager"] = False
+        if settings.engines == "apart":
+            options |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.9}
+            return options
+    options["enforce_eager"] = not (torch.cuda.is_available() or settings.compile)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    element = 4 if models.dtype == "float32" else 2
+    per_token = 2 * (text.num_hidden_layers + 1) * heads * size * element  # 1: the draft's layer
+    room = length + max(settings.batch) * min(length, _ROOM)
+    options["kv_cache_memory_bytes"] = max(256 << 20, room * per_token)
+    return options

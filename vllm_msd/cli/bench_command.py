@@ -1,0 +1,162 @@
+"""``vllm-msd bench``."""
+
+import argparse
+import os
+from pathlib import Path
+
+from vllm_msd.cli.arguments import positive
+
+_EXAMPLES = """examples:
+  the demo pair, in a few minutes; the page is bench/report.html:
+    vllm-msd bench --quick
+
+  a model of your own, with its draft, on your own questions:
+    vllm-msd bench --target ./my-model --draft ./my-draft --data questions.json
+
+  one load and two sizes of chains:
+    vllm-msd bench --target ./my-model --batch 8 --arms none chain:3 chain:5 auto
+
+  the same requests for vLLM's own load generator:
+    vllm-msd bench --data questions.json --write-requests requests.jsonl
+    vllm bench serve --backend openai-chat --endpoint /v1/chat/completions \\
+        --dataset-name custom_image --dataset-path requests.jsonl --model MODEL
+
+  going on after a kill, or making the page again: the same command
+"""
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="how much faster a model is with MSD: speed, outputs, and what would be ideal",
+        description="Answer the same requests without speculation, with vLLM's ngram, and with "
+        "MSD's chains, trees and sizes that follow the load, in turn on this machine. Prints a "
+        "table as it goes, and writes JSON, charts and a page.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--target", metavar="T", help="folder or hub name (default: the demo pair)")
+    parser.add_argument(
+        "--draft", metavar="D", help="folder or hub name (default: found by the target)"
+    )
+    parser.add_argument(
+        "--wide", metavar="SIZE", help="widen the demo pair to so many parameters, such as 350M"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="ShareGPT, LLaVA or OpenAI conversations as JSON or JSONL, whose last question is "
+        "asked, or a folder with mmspec.jsonl (default: the demo's held-out samples)",
+    )
+    parser.add_argument(
+        "--image-root",
+        nargs="+",
+        metavar="PATH",
+        help="folders of relative image paths (default: that of --data)",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="none, ngram[:TOKENS], chain[:TOKENS], tree[:NODESxDEPTHxTOP_K], auto (default: all; "
+        "ngram and chain of 5, a tree of 16x6x3)",
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=positive, metavar="N",
+        help="requests at a time (default: 1 2 4 8 16 32 64)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature", nargs="+", type=float, metavar="T", help="of sampling (default: 0 1)"
+    )
+    parser.add_argument(
+        "--num-prompts", type=positive, metavar="N",
+        help="requests of each batch size, at least twice the batch (default: 21)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N",
+        help="of an answer, which ends where the model ends it (default: 256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--passes", type=positive, metavar="N", help="of the whole, at least 2 (default: 2)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: the model's; float32 for the demo pair, and where a CPU emulates bfloat16",
+    )
+    parser.add_argument(
+        "--engines",
+        choices=("together", "apart"),
+        help="all arms in memory, or one after another (default: together on a CPU, else apart)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled models on a CPU too (needs a compiler)"
+    )
+    parser.add_argument(
+        "--max-model-len", type=positive, metavar="N",
+        help="tokens of a request with its images (default: the model's, 4096 at most)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="of drawn answers (default: 0)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="batches 1 and 4, greedy, 7 prompts, at most 96 tokens; what else is given counts",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench"), metavar="FOLDER",
+        help="for JSON, charts and page (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--write-requests",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: write the requests for `vllm bench serve --dataset-name "
+        "custom_image` (.jsonl)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="forget what a run with other settings has measured"
+    )
+    parser.set_defaults(func=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measure; 1 when greedy answers differ by more than near ties."""
+    from vllm_msd.bench.settings import QUICK, BenchSettings
+
+    names = BenchSettings.__dataclass_fields__
+    given = {n: v for n, v in vars(args).items() if n in names and v is not None}
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    settings = BenchSettings(**{**(QUICK if args.quick else {}), **given})
+    settings.check()
+    if args.write_requests is not None:
+        return _write_requests(settings, args.write_requests)
+    from vllm_msd.measure.engine import restart_tuned
+
+    is_local = settings.target is None or Path(settings.target).expanduser().is_dir()
+    if not is_local:  # which the restarted process would not ask
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    restart_tuned()
+    import torch
+
+    if args.engines is None and torch.cuda.is_available():
+        from dataclasses import replace
+
+        settings = replace(settings, engines="apart")
+    from vllm_msd.bench.run import run_bench
+
+    found = run_bench(settings)
+    greedy = [cell["arms"] for cell in found["cells"] if cell["temperature"] == 0]
+    return 1 if any(one["differing"] for arms in greedy for one in arms.values()) else 0
+
+
+def _write_requests(settings, path: Path) -> int:
+    from vllm_msd.bench.data import load_requests
+    from vllm_msd.bench.serving_file import write_requests
+    from vllm_msd.storage import check_file
+
+    check_file(path, "--write-requests")
+    requests = load_requests(settings.data, settings.image_root, settings.num_prompts)
+    write_requests(path, requests.samples)
+    print(f"{path}: {len(requests.samples)} requests from {requests.source}")
+    return 0

@@ -1,0 +1,1 @@
+"""What report pages share: style, bars, tiles, tables. Self-contained HTML, nothing is fetched."""
