@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from vllm_msd.demo.real.run import RealFigures
 from vllm_msd.demo.report.page import render
+from vllm_msd.demo.report.real import real_section
 from vllm_msd.demo.report.tree_picture import tells, tree_svg
 from vllm_msd.demo.samples import HeldOutSample, held_out_samples
 from vllm_msd.measure import compare
@@ -190,3 +192,16 @@ def test_accepted_by_depth_leaves_out_what_a_drafting_cannot_reach(comparisons):
     assert "Depth 1, chain of 5: 0.50" in described
     assert "Depth 5, chain of 5: 0.00" in described
     assert "Depth 3, tree of 8 nodes" in described and "Depth 4, tree" not in described
+
+
+def test_real_language_model_has_a_section(comparisons):
+    found = compare.figures(comparisons, "chain")
+    real = RealFigures(Drafting(5), "bfloat16", comparisons, found, found)
+    page = real_section(real)
+    assert "1 of 2" in page and "2.00x" in page and "chain of 5" in page
+    assert page.count('class="card"') == 2
+    assert real_section(None) == ""
+    assert "no index &lt;here&gt;" in real_section("no index <here>")
+    draftings = {name: compare.figures(comparisons, name) for name in DRAFTINGS}
+    whole = render(comparisons, draftings, None, DRAFTINGS, PROVENANCE, TEXTS.__getitem__, real)
+    assert "A real language model" in whole

@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from vllm_msd.demo.report.answers import card, draft_tree
+from vllm_msd.demo.report.real import real_section
 from vllm_msd.demo.samples import KIND_NAMES
 from vllm_msd.measure.compare import Comparison
 from vllm_msd.measure.engine import SHORT, Drafting
@@ -23,6 +24,7 @@ def render(
     draftings: dict[str, Drafting],
     provenance: dict[str, Any],
     text_of: Callable[[int], str],
+    real: Any = None,
 ) -> str:
     """The whole page; everything in it that is not markup of this module is escaped.
 
@@ -33,6 +35,7 @@ def render(
         draftings: what was drafted, by the same names.
         provenance: of the run.
         text_of: a token's text, for the tree.
+        real: of the real language model, see `real_section`.
     """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         style=style(),
@@ -42,6 +45,7 @@ def render(
         panels=_panels(small, wide, draftings, provenance),
         wide_table=_wide_table(wide, draftings, provenance),
         tree=draft_tree(comparisons, text_of),
+        real=real_section(real),
         cards="".join(card(c) for c in comparisons),
         facts=facts(provenance),
     )
