@@ -13,6 +13,7 @@ from vllm_msd.bench.data import load_requests
 from vllm_msd.bench.drive import Cell, Reply
 from vllm_msd.bench.figures import Results, percentile, summary
 from vllm_msd.bench.report import render
+from vllm_msd.bench.run import Place, order
 from vllm_msd.bench.serving_file import content, write_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
@@ -172,6 +173,20 @@ def test_differences_name_the_first_token():
     assert [(d.request, d.position, d.token, d.plain, d.prefix) for d in found] == [
         (0, 1, 7, 2, [1]), (1, 1, 6, None, [4])
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_arms_take_turns_and_no_cell_is_left_out(apart):
+    arms = ["none", "chain", "auto"]
+    places = [Place(0.0, batch, arm) for batch in (1, 4) for arm in arms]
+    found = order(places, arms, 2, apart)
+    assert sorted(found) == [(number, turn) for number in range(6) for turn in range(2)]
+    firsts = [places[number].arm for number, _ in found[:: 2 if apart else 3]]
+    assert firsts == (
+        ["none", "chain", "auto", "chain", "auto", "none"]  # each does both batches, then goes
+        if apart
+        else ["none", "chain", "chain", "auto"]  # of each batch, in the first and second pass
+    )
 
 
 def test_percentiles():

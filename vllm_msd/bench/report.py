@@ -33,8 +33,17 @@ def render(found: Found) -> str:
         ideal=_ideal(found),
         kinds=_kinds(found),
         outputs=_outputs(found),
-        facts=facts(found),
+        facts=facts({**found, "settings": _settings(found)}),
     )
+
+
+def _settings(found: Found) -> dict[str, Any]:
+    """Those that were given or have a value; lists as they are typed."""
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in found["settings"].items()
+        if value not in (None, [])
+    }
 
 
 def _temperatures(found: Found) -> list[float]:
@@ -75,7 +84,7 @@ def _tiles(found: Found) -> str:
         others = {name: one for name, one in cell["arms"].items() if name != NONE}
         best = max(others, key=lambda name: others[name]["speedup"])
         speedup = others[best]["speedup"]
-        text = f"no speculation with {best}, the fastest arm, at batch {cell['batch']}"
+        text = f"the speed of no speculation, with {best}, the fastest at batch {cell['batch']}"
         tiles.append(tile(times(speedup), text, "good" if speedup > 1 else "bad"))
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     drafted = [one for c in greedy for name, one in c["arms"].items() if name != NONE]
@@ -179,7 +188,7 @@ def _ideal(found: Found) -> str:
             "Where a step's time goes",
             f"{found['profile']['arm']}, batch 1, {whole:.2f} ms in the mean of "
             f"{found['profile']['steps']} steps with drafts, timers included.",
-            bars(shown, max(ms for _, ms in parts)),
+            bars(shown, max(ms for _, ms in parts), left=180),
         )
         + "</div>"
     )
