@@ -141,6 +141,9 @@ def test_what_is_not_known_is_said_so(results):
     }
     assert found["cells"][0]["arms"]["chain:2"]["share_of_ideal_speedup"] is None
     assert "no &lt;auto&gt;" in render(found)
+    without = {**IDEAL, "profile": {"arm": "auto", "missing": "nothing <was> drafted"}}
+    found = {**PROVENANCE, **summary(Results(**{**vars(results), "ideal": without}))}
+    assert "nothing &lt;was&gt; drafted" in render(found)
 
 
 def test_near_ties_are_counted_apart(results):

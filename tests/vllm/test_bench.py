@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.common.worker import HANGS, REPOSITORY
+from tests.common.worker import HANGS, REPOSITORY, run_worker
+from vllm_msd.bench.ties import GAPS
 
 ARMS = ["none", "ngram", "chain", "tree:8x4x2", "auto"]
 CELLS = 2 * len(ARMS)
@@ -78,7 +79,7 @@ def test_answers_are_those_of_no_speculation(bench, runs):
     parts = found["profile"]["milliseconds_per_step"]
     assert parts["target's matrix products"] > 0 and parts["rest of the target"] > 0
     page = (bench.folder / "report.html").read_text()
-    assert "Where a step's time goes" in page.replace("&#x27;", "'")
+    assert "Where the time of a step goes" in page
     assert (bench.folder / "kinds.png").stat().st_size > 5000
 
 
@@ -86,3 +87,16 @@ def test_another_command_in_the_same_folder_is_refused(bench, runs):
     other = bench("--seed", "5")
     said, _ = other.communicate(timeout=HANGS)
     assert other.returncode == 2 and "seed: 0, now 5" in said and "--force" in said
+
+
+def test_gaps_of_answers_that_differ_are_those_of_decoding():
+    report = run_worker("near_ties", "v1")
+    assert len(report["gaps"]) > 30
+    near = 0
+    for gap, (asked, is_near), is_second in zip(
+        report["gaps"], report["asked"], report["are_second"], strict=True
+    ):
+        assert asked == pytest.approx(gap, abs=1e-3)
+        assert is_near == (is_second and asked <= GAPS["bfloat16"])
+        near += is_near
+    assert 0 < near < len(report["gaps"])

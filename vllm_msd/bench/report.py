@@ -174,24 +174,29 @@ def _ideal(found: Found) -> str:
         if cell["temperature"] == found["cells"][0]["temperature"]
         for name, one in cell["arms"].items()
     ]
-    profile = found["profile"]["milliseconds_per_step"]
-    whole = profile["whole step"]
-    parts = [(name, ms) for name, ms in profile.items() if name != "whole step"]
-    shown = [(name, ms, f"{ms:.2f} ms ({ms / whole:.0%})", "msd") for name, ms in parts]
     return (
         "<p>Steps that only decode, with the whole batch running. The <b>ideal speed-up</b> is "
         "what the accepted tokens allow if nothing but the target's rows and the draft's levels "
         "took time, at the cost measured for them at start. The <b>products alone</b> are what the "
         "matrix products of the same steps take; no speculation does not reach that either.</p>"
-        f'{table(head, rows)}<div class="panels">'
-        + panel(
-            "Where a step's time goes",
-            f"{found['profile']['arm']}, batch 1, {whole:.2f} ms in the mean of "
-            f"{found['profile']['steps']} steps with drafts, timers included.",
-            bars(shown, max(ms for _, ms in parts), left=180),
-        )
-        + "</div>"
+        + table(head, rows)
+        + _profile(found["profile"])
     )
+
+
+def _profile(profile: Found) -> str:
+    """Where a step's time goes."""
+    if "missing" in profile:
+        return f"<p>No profile: {escape(profile['missing'])}</p>"
+    parts = dict(profile["milliseconds_per_step"])
+    whole = parts.pop("whole step")
+    shown = [(name, ms, f"{ms:.2f} ms ({ms / whole:.0%})", "msd") for name, ms in parts.items()]
+    note = (
+        f"{profile['arm']}, batch 1, {whole:.2f} ms in the mean of {profile['steps']} steps with "
+        "drafts, timers included."
+    )
+    chart = bars(shown, max(parts.values()), left=180)
+    return f'<div class="panels">{panel("Where the time of a step goes", note, chart)}</div>'
 
 
 def _kinds(found: Found) -> str:

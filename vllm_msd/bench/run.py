@@ -61,7 +61,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
     output = settings.output.expanduser()
     output.mkdir(parents=True, exist_ok=True)
     about = {
-        "settings": settings.about(),
+        **settings.about(),
         "machine": machine(),
         "versions": versions(),
         "requests": len(requests.samples),
@@ -124,8 +124,9 @@ class Run:
                 self._engines.get(arm.name)
         bar = tqdm(total=total, unit="request", disable=None, leave=False)
         with bar:
-            with bar.external_write_mode(file=sys.stdout):
-                print(heading(arms), flush=True)
+            if left:
+                with bar.external_write_mode(file=sys.stdout):
+                    print(heading(arms), flush=True)
             for number, turn in left:
                 place = self.places[number]
                 engine = self._engines.get(place.arm)
