@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from benchmarks.pages.bench import support
 from vllm_msd.bench import ties
 from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
@@ -305,6 +306,13 @@ def test_requests_for_vllms_load_generator(tmp_path):
         content(own),
         content(inherited),
     ]
+
+
+def test_support_matrix_of_the_pages(results):
+    text = support("bench.json", {**PROVENANCE, **summary(results)})
+    assert "| MSD, chain of 2 | other answers, 3.00x, 1.00 of the ideal |" in text
+    assert "| MSD, sizes that follow the load | slower, 0.80x, 0.95 of the ideal |" in text
+    assert "Near ties, which count as the same answer: 1." in text and "2030-01-02" in text
 
 
 def test_the_command_writes_requests(tmp_path, capsys):
