@@ -12,6 +12,7 @@ from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
 from vllm_msd.bench.data import load_requests
 from vllm_msd.bench.drive import Cell, Reply
+from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, percentile, summary
 from vllm_msd.bench.report import render
 from vllm_msd.bench.run import Place, order
@@ -105,6 +106,15 @@ def test_settings_that_cannot_work_are_refused_at_once(wrong, tmp_path, capsys):
     with pytest.raises(ConfigError):
         BenchSettings(output=tmp_path, **wrong).check()
     BenchSettings(output=tmp_path, target="org/model", draft="org/draft").check()
+
+
+def test_a_target_without_a_draft_or_a_config_is_refused_before_an_engine_starts(tmp_path):
+    settings = BenchSettings(output=tmp_path, target=str(tmp_path))
+    with pytest.raises(ConfigError, match="no MSD draft is known for the target"):
+        models_of(settings)
+    sample = Sample([], [{"role": "user", "content": []}], "a")
+    with pytest.raises(ConfigError, match=r"--target.*cannot be read"):
+        Engines(settings, Models(str(tmp_path), None, "float32"), [sample])
 
 
 def test_the_command_tells_a_mistake_in_a_sentence(capsys, tmp_path):
