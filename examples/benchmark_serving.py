@@ -112,12 +112,14 @@ def started(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     if is_up(url):
         sys.exit(f"--port: another server answers at {url}; give another port")
+    # Commands of this Python's environment, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with log.open("w") as output:
         process = subprocess.Popen(
             ["bash", str(SERVE), "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, "PATH": path, **environment},
             start_new_session=True,
         )
     try:

@@ -29,6 +29,7 @@ JOBS = {
     "draft_rows": "tests.common.draft_rows:draft_rows",
     "graph_answers": "tests.common.cuda_graphs.answers:graph_answers",
     "greedy": "tests.common.lossless:greedy_identity",
+    "near_ties": "tests.common.near_ties:near_ties",
     "random": "tests.common.tree_identity:random_identity",
     "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",

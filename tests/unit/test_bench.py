@@ -6,13 +6,16 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from benchmarks.pages.bench import support
 from vllm_msd.bench import ties
 from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
 from vllm_msd.bench.data import load_requests
 from vllm_msd.bench.drive import Cell, Reply
+from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, percentile, summary
 from vllm_msd.bench.report import render
+from vllm_msd.bench.run import Place, order
 from vllm_msd.bench.serving_file import content, write_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
@@ -105,6 +108,15 @@ def test_settings_that_cannot_work_are_refused_at_once(wrong, tmp_path, capsys):
     BenchSettings(output=tmp_path, target="org/model", draft="org/draft").check()
 
 
+def test_a_target_without_a_draft_or_a_config_is_refused_before_an_engine_starts(tmp_path):
+    settings = BenchSettings(output=tmp_path, target=str(tmp_path))
+    with pytest.raises(ConfigError, match="no MSD draft is known for the target"):
+        models_of(settings)
+    sample = Sample([], [{"role": "user", "content": []}], "a")
+    with pytest.raises(ConfigError, match=r"--target.*cannot be read"):
+        Engines(settings, Models(str(tmp_path), None, "float32"), [sample])
+
+
 def test_the_command_tells_a_mistake_in_a_sentence(capsys, tmp_path):
     assert main(["bench", "--arms", "fast", "--output", str(tmp_path)]) == 2
     assert "expected some of none, ngram" in capsys.readouterr().err
@@ -140,6 +152,9 @@ def test_what_is_not_known_is_said_so(results):
     }
     assert found["cells"][0]["arms"]["chain:2"]["share_of_ideal_speedup"] is None
     assert "no &lt;auto&gt;" in render(found)
+    without = {**IDEAL, "profile": {"arm": "auto", "missing": "nothing <was> drafted"}}
+    found = {**PROVENANCE, **summary(Results(**{**vars(results), "ideal": without}))}
+    assert "nothing &lt;was&gt; drafted" in render(found)
 
 
 def test_near_ties_are_counted_apart(results):
@@ -172,6 +187,20 @@ def test_differences_name_the_first_token():
     assert [(d.request, d.position, d.token, d.plain, d.prefix) for d in found] == [
         (0, 1, 7, 2, [1]), (1, 1, 6, None, [4])
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_arms_take_turns_and_no_cell_is_left_out(apart):
+    arms = ["none", "chain", "auto"]
+    places = [Place(0.0, batch, arm) for batch in (1, 4) for arm in arms]
+    found = order(places, arms, 2, apart)
+    assert sorted(found) == [(number, turn) for number in range(6) for turn in range(2)]
+    firsts = [places[number].arm for number, _ in found[:: 2 if apart else 3]]
+    assert firsts == (
+        ["none", "chain", "auto", "chain", "auto", "none"]  # each does both batches, then goes
+        if apart
+        else ["none", "chain", "chain", "auto"]  # of each batch, in the first and second pass
+    )
 
 
 def test_percentiles():
@@ -287,6 +316,13 @@ def test_requests_for_vllms_load_generator(tmp_path):
         content(own),
         content(inherited),
     ]
+
+
+def test_support_matrix_of_the_pages(results):
+    text = support("bench.json", {**PROVENANCE, **summary(results)})
+    assert "| MSD, chain of 2 | other answers, 3.00x, 1.00 of the ideal |" in text
+    assert "| MSD, sizes that follow the load | slower, 0.80x, 0.95 of the ideal |" in text
+    assert "Near ties, which count as the same answer: 1." in text and "2030-01-02" in text
 
 
 def test_the_command_writes_requests(tmp_path, capsys):

@@ -71,7 +71,7 @@ def test_wheel_holds_every_package_and_the_demo_pair(wheel):
             assert inside in names, "does its folder have an __init__.py?"
     assert "vllm_msd/demo/pair/target/model.safetensors" in names
     assert "vllm_msd/demo/report/template.html" in names
-    assert "vllm_msd/measure/report/style.css" in names
+    assert {"vllm_msd/measure/report/style.css", "vllm_msd/bench/template.html"} <= names
     samples = (ROOT / "vllm_msd/demo/pair/samples").iterdir()
     assert {path.relative_to(ROOT).as_posix() for path in samples} <= names
     inside = {name.split("/")[0].split("-")[0] for name in names}

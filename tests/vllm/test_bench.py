@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from tests.common.worker import HANGS, REPOSITORY
+from tests.common.worker import HANGS, REPOSITORY, run_worker
+from vllm_msd.bench.drive import Cell, run_cell
+from vllm_msd.bench.ties import GAPS
+from vllm_msd.errors import ConfigError
 
 ARMS = ["none", "ngram", "chain", "tree:8x4x2", "auto"]
 CELLS = 2 * len(ARMS)
-
-pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,7 @@ def runs(bench):
     return left, journal.read_bytes(), said
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on(runs):
     left, whole, said = runs
     kept = left[: left.rindex(b"\n") + 1]
@@ -64,6 +67,7 @@ def test_a_killed_run_goes_on(runs):
     assert len({*places}) == len(places) == CELLS + 2
 
 
+@pytest.mark.long
 def test_answers_are_those_of_no_speculation(bench, runs):
     found = json.loads((bench.folder / "bench.json").read_text())
     (cell,) = found["cells"]
@@ -78,11 +82,78 @@ def test_answers_are_those_of_no_speculation(bench, runs):
     parts = found["profile"]["milliseconds_per_step"]
     assert parts["target's matrix products"] > 0 and parts["rest of the target"] > 0
     page = (bench.folder / "report.html").read_text()
-    assert "Where a step's time goes" in page.replace("&#x27;", "'")
+    assert "Where the time of a step goes" in page
     assert (bench.folder / "kinds.png").stat().st_size > 5000
 
 
+@pytest.mark.long
 def test_another_command_in_the_same_folder_is_refused(bench, runs):
     other = bench("--seed", "5")
     said, _ = other.communicate(timeout=HANGS)
     assert other.returncode == 2 and "seed: 0, now 5" in said and "--force" in said
+
+
+@pytest.mark.long
+def test_gaps_of_answers_that_differ_are_those_of_decoding():
+    report = run_worker("near_ties", "v1")
+    assert len(report["gaps"]) > 30
+    near = 0
+    for gap, (asked, is_near), is_second in zip(
+        report["gaps"], report["asked"], report["are_second"], strict=True
+    ):
+        assert asked == pytest.approx(gap, abs=1e-3)
+        assert is_near == (is_second and asked <= GAPS["bfloat16"])
+        near += is_near
+    assert 0 < near < len(report["gaps"])
+
+
+class MadeUpEngine:
+    """Answers each request with 1 token and then 2 a step, one of them drafted; ends after 5."""
+
+    def __init__(self) -> None:
+        self.llm, self.running, self.most = self, {}, 0
+
+    def add_request(self, request: str, prompt: dict, params: object) -> None:
+        if len(prompt["prompt_token_ids"]) > 3:
+            raise ValueError("The prompt is too long.")
+        self.running[request] = 0
+
+    def step(self) -> tuple[list, SimpleNamespace | None]:
+        outputs, drafts = [], 0
+        self.most = max(self.most, len(self.running))
+        for request, said in list(self.running.items()):
+            new = 2 if said else 1
+            drafts += new == 2
+            self.running[request] = said + new
+            ends = said + new == 5
+            delta = SimpleNamespace(token_ids=[7] * new, finish_reason="stop" if ends else None)
+            outputs.append(SimpleNamespace(request_id=request, outputs=[delta], finished=ends))
+            if ends:
+                del self.running[request]
+        if not drafts:
+            return outputs, None
+        return outputs, SimpleNamespace(
+            num_drafts=drafts, num_draft_tokens=3 * drafts, num_accepted_tokens=drafts,
+            num_accepted_tokens_per_pos=[drafts, 0, 0],
+        )  # fmt: skip
+
+
+def test_a_cell_keeps_its_batch_full_and_counts_steps_that_only_decode():
+    engine, done = MadeUpEngine(), []
+    prompts = [{"prompt_token_ids": [1]} for _ in range(5)]
+    settings = {"temperature": 0.0, "max_tokens": 9, "seed": 0}
+    cell = run_cell(engine, prompts, 2, 3, **settings, on_reply=lambda: done.append(1))
+    assert engine.most == 2 and len(done) == 5
+    assert all(r.token_ids == [7] * 5 and r.finish == "stop" and r.steps == 3 for r in cell.replies)
+    assert (cell.verifications, cell.drafted, cell.accepted) == (10, 30, 10)
+    assert cell.accepted_by_depth == [10, 0, 0]
+    # Two pairs of requests decode together for two steps each; the fifth is alone.
+    ((drafted, depth, steps, seconds, tokens),) = cell.full_steps
+    assert (drafted, depth, steps, tokens) == (6, 3, 4, 16) and seconds > 0
+    assert Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
+
+
+def test_a_prompt_that_does_not_fit_is_named():
+    prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": [1] * 9}]
+    with pytest.raises(ConfigError, match="request 2 of the data: The prompt is too long"):
+        run_cell(MadeUpEngine(), prompts, 2, 0, temperature=0.0, max_tokens=9, seed=0)

@@ -1,6 +1,8 @@
 """The examples run as their help says, on the demo pair: one server for all that need one."""
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 
@@ -93,21 +95,29 @@ def test_benchmark_serving(run, msd_server, tmp_path):
     out = run(
         "benchmark_serving.py",
         *("--base-url", msd_server.url, msd_server.url, "--num-prompts", "8"),
-        *("--concurrency", "4", "--request-rate", "20", "--max-tokens", "24"),
+        *("--concurrency", "4", "--max-tokens", "24"),
         *("--output", str(result), "--chart", str(chart)),
     )
     servers = json.loads(result.read_text())
     assert len(servers) == 2
-    for points in servers.values():
-        assert [point["load"] for point in points] == ["4 at a time", "20 a second"]
-        for figures in points:
-            assert figures["completed"] == 8 and figures["failed"] == 0
-            assert figures["median_ttft_ms"] > 0 and figures["median_tpot_ms"] > 0
-            assert figures["output_throughput"] > 0
-            assert 1 <= figures["spec_decode_acceptance_length"] <= 9
+    for (figures,) in servers.values():
+        assert figures["load"] == "4 at a time"
+        assert figures["completed"] == 8 and figures["failed"] == 0
+        assert figures["median_ttft_ms"] > 0 and figures["median_tpot_ms"] > 0
+        assert figures["output_throughput"] > 0
+        assert 1 <= figures["spec_decode_acceptance_length"] <= 9
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert "over the second's" in out
     assert "leaked" not in out and "Namespace" not in out, "a table of its own"
+
+
+def test_loads_of_a_sweep(monkeypatch):
+    spec = importlib.util.spec_from_file_location("sweep", EXAMPLES / "benchmark_serving.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    options = ["sweep", "--concurrency", "1", "8", "--request-rate", "2"]
+    monkeypatch.setattr(sys, "argv", options)
+    assert example.loads(example.parse_args()) == [(1, math.inf), (8, math.inf), (8, 2.0)]
 
 
 def test_benchmark_serving_refuses_what_cannot_work(run):

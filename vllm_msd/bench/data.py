@@ -61,7 +61,7 @@ def load_requests(data: str | None, roots: Sequence[str], count: int) -> Request
     path = Path(data).expanduser()
     if (path / MMSPEC).is_file() or path.name == MMSPEC:
         folder = path.parent if path.name == MMSPEC else path
-        questions, left_out = list(_mmspec(folder / MMSPEC)), []
+        questions, left_out = list(_mmspec(folder / MMSPEC)), list[str]()
         folders = [*map(Path, roots), folder / "images", folder]
     elif path.is_dir():
         raise DataError(f"--data: {path} is a folder without {MMSPEC}. Give a file, or MMSpec's.")

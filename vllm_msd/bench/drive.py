@@ -87,7 +87,9 @@ def run_cell(
 
     cell = Cell(replies=[Reply() for _ in prompts])
     full: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0, 0.0, 0])
-    waiting, running, started = list(range(len(prompts)))[::-1], set(), {}
+    waiting = list(range(len(prompts)))[::-1]
+    running: set[int] = set()
+    started: dict[int, float] = {}
     begun = now = time.perf_counter()
     while waiting or running:
         while waiting and len(running) < batch:

@@ -39,7 +39,12 @@ def models_of(settings: BenchSettings) -> Models:
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = timed_dtype()
     if settings.target is not None:
-        return Models(settings.target, settings.draft, dtype)
+        draft = None
+        if any(arm.is_msd for arm in settings.parsed_arms):
+            from vllm_msd.vllm_plugin.configuration.resolve import find_draft
+
+            draft = find_draft(settings.target, settings.draft)
+        return Models(settings.target, draft, dtype)
     from vllm_msd.demo.paths import demo_pair, wide_pair
 
     if settings.wide is None:
@@ -141,7 +146,10 @@ def _options(settings: BenchSettings, models: Models, samples: Sequence[Sample])
     import torch
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(models.target).get_text_config()
+    try:
+        text = AutoConfig.from_pretrained(models.target).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--target: {models.target} cannot be read: {error}") from error
     longest = getattr(text, "max_position_embeddings", USUAL_LENGTH)
     length = settings.max_model_len or min(longest, USUAL_LENGTH)
     options: dict[str, Any] = {

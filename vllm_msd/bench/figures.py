@@ -1,9 +1,11 @@
 """The figures of a run, from what was measured; nothing here knows vLLM or reads a clock."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vllm_msd.bench.arms import NONE, Arm
 from vllm_msd.bench.drive import Cell, Reply
@@ -124,15 +126,9 @@ def _latency(replies: Sequence[Reply]) -> dict[str, float | None]:
     }
 
 
-def percentile(values: Iterable[float], percent: float) -> float | None:
+def percentile(values: Sequence[float], percent: float) -> float | None:
     """Linear between the values; None of none."""
-    ranked = sorted(values)
-    if not ranked:
-        return None
-    place = (len(ranked) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ranked) - 1)
-    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+    return float(np.percentile(values, percent)) if values else None
 
 
 def _identity(results: Results, batch: int, arm: Arm, compared: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ from vllm_msd.bench.arms import NONE, Arm
 from vllm_msd.bench.engines import Engines
 from vllm_msd.budget import CostTable
 from vllm_msd.budget.costs import Curve
+from vllm_msd.errors import MSDError
 from vllm_msd.measure.inputs import Sample
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -32,8 +33,8 @@ def measure_ideal(
 
     Returns:
         ``costs`` by shape, ``products`` (milliseconds by rows, of target and draft), ``profile``
-        (milliseconds of a step by part) with the arm it is of, ``auto_width``; or ``missing``, why
-        there are none.
+        (milliseconds of a step by part, or ``missing``, why not) with the arm it is of,
+        ``auto_width``; or ``missing``, why there are none.
     """
     from vllm_msd.measure.step_profile import products_of, profile_engine
 
@@ -49,7 +50,10 @@ def measure_ideal(
     costs = {"auto": tables[chosen].to_dict()}
     costs |= {"chain" if s.is_chain else "tree": table.to_dict() for s, table in tables.items()}
     products = products_of(engine, ROWS, dtype=dtype)
-    profile = profile_engine(engine, samples, max_tokens=max_tokens, split_target=True)
+    try:
+        profile = profile_engine(engine, samples, max_tokens=max_tokens, split_target=True)
+    except MSDError as error:  # where nothing pays, nothing is drafted
+        profile = {"missing": str(error)}
     return {
         "costs": costs,
         "auto_width": chosen.top_k,

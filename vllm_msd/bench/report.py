@@ -33,8 +33,17 @@ def render(found: Found) -> str:
         ideal=_ideal(found),
         kinds=_kinds(found),
         outputs=_outputs(found),
-        facts=facts(found),
+        facts=facts({**found, "settings": _settings(found)}),
     )
+
+
+def _settings(found: Found) -> dict[str, Any]:
+    """Those that were given or have a value; lists as they are typed."""
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in found["settings"].items()
+        if value not in (None, [])
+    }
 
 
 def _temperatures(found: Found) -> list[float]:
@@ -75,7 +84,7 @@ def _tiles(found: Found) -> str:
         others = {name: one for name, one in cell["arms"].items() if name != NONE}
         best = max(others, key=lambda name: others[name]["speedup"])
         speedup = others[best]["speedup"]
-        text = f"no speculation with {best}, the fastest arm, at batch {cell['batch']}"
+        text = f"the speed of no speculation, with {best}, the fastest at batch {cell['batch']}"
         tiles.append(tile(times(speedup), text, "good" if speedup > 1 else "bad"))
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     drafted = [one for c in greedy for name, one in c["arms"].items() if name != NONE]
@@ -165,24 +174,29 @@ def _ideal(found: Found) -> str:
         if cell["temperature"] == found["cells"][0]["temperature"]
         for name, one in cell["arms"].items()
     ]
-    profile = found["profile"]["milliseconds_per_step"]
-    whole = profile["whole step"]
-    parts = [(name, ms) for name, ms in profile.items() if name != "whole step"]
-    shown = [(name, ms, f"{ms:.2f} ms ({ms / whole:.0%})", "msd") for name, ms in parts]
     return (
         "<p>Steps that only decode, with the whole batch running. The <b>ideal speed-up</b> is "
         "what the accepted tokens allow if nothing but the target's rows and the draft's levels "
         "took time, at the cost measured for them at start. The <b>products alone</b> are what the "
         "matrix products of the same steps take; no speculation does not reach that either.</p>"
-        f'{table(head, rows)}<div class="panels">'
-        + panel(
-            "Where a step's time goes",
-            f"{found['profile']['arm']}, batch 1, {whole:.2f} ms in the mean of "
-            f"{found['profile']['steps']} steps with drafts, timers included.",
-            bars(shown, max(ms for _, ms in parts)),
-        )
-        + "</div>"
+        + table(head, rows)
+        + _profile(found["profile"])
     )
+
+
+def _profile(profile: Found) -> str:
+    """Where a step's time goes."""
+    if "missing" in profile:
+        return f"<p>No profile: {escape(profile['missing'])}</p>"
+    parts = dict(profile["milliseconds_per_step"])
+    whole = parts.pop("whole step")
+    shown = [(name, ms, f"{ms:.2f} ms ({ms / whole:.0%})", "msd") for name, ms in parts.items()]
+    note = (
+        f"{profile['arm']}, batch 1, {whole:.2f} ms in the mean of {profile['steps']} steps with "
+        "drafts, timers included."
+    )
+    chart = bars(shown, max(parts.values()), left=180)
+    return f'<div class="panels">{panel("Where the time of a step goes", note, chart)}</div>'
 
 
 def _kinds(found: Found) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -60,7 +61,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
     output = settings.output.expanduser()
     output.mkdir(parents=True, exist_ok=True)
     about = {
-        "settings": settings.about(),
+        **settings.about(),
         "machine": machine(),
         "versions": versions(),
         "requests": len(requests.samples),
@@ -95,6 +96,7 @@ class Run:
             for batch in settings.batch
             for arm in names
         ]
+        self._order = order(self.places, names, settings.passes, settings.engines == "apart")
 
     def close(self) -> None:
         """Let the engines go."""
@@ -110,20 +112,21 @@ class Run:
 
     def measure(self) -> None:
         """Every cell that the journal lacks; then what differs, and what would be ideal."""
-        left = [key for key in self._order() if key not in self._journal]
+        left = [key for key in self._order if key not in self._journal]
         total = sum(_num_requests(self._settings, self.places[n].batch) for n, _ in left)
         if not left:
             print("everything is measured already; --force measures anew", flush=True)
         elif self._journal.resumed:
-            print(f"going on: {len(left)} of {len(self._order())} cells are left", flush=True)
+            print(f"going on: {len(left)} of {len(self._order)} cells are left", flush=True)
         arms = self._settings.parsed_arms
         if left and self._settings.engines == "together":
             for arm in arms:  # all of them before the first is timed
                 self._engines.get(arm.name)
         bar = tqdm(total=total, unit="request", disable=None, leave=False)
         with bar:
-            with bar.external_write_mode(file=sys.stdout):
-                print(heading(arms), flush=True)
+            if left:
+                with bar.external_write_mode(file=sys.stdout):
+                    print(heading(arms), flush=True)
             for number, turn in left:
                 place = self.places[number]
                 engine = self._engines.get(place.arm)
@@ -143,24 +146,6 @@ class Run:
                 self._tell(bar, place, turn)
         self._examine()
         self._measure_ideal()
-
-    def _order(self) -> list[tuple[int, int]]:
-        """Numbers of places and passes, in the order they are measured in.
-
-        Who goes first rotates, so that a machine that slows down favours none. Apart, an engine
-        does all of its cells before the next one starts.
-        """
-        arms = [arm.name for arm in self._settings.parsed_arms]
-        groups = [(p.temperature, p.batch) for p in self.places if p.arm == NONE]
-        found = []
-        for turn in range(self._settings.passes):
-            if self._settings.engines == "apart":
-                for arm in _rotated(arms, turn):
-                    found += [(Place(*group, arm), turn) for group in groups]
-                continue
-            for index, group in enumerate(groups):
-                found += [(Place(*group, arm), turn) for arm in _rotated(arms, turn + index)]
-        return [(self.places.index(place), turn) for place, turn in found]
 
     def _chosen(self, engine: Engine, batch: int) -> list[dict[str, Any]]:
         """The prompts of a batch size; where the data have too few, some come again."""
@@ -225,6 +210,26 @@ class Run:
         )
 
 
+def order(
+    places: Sequence[Place], arms: Sequence[str], passes: int, apart: bool
+) -> list[tuple[int, int]]:
+    """Numbers of places and passes, in the order they are measured in.
+
+    Who goes first rotates, so that a machine that slows down favours none. ``apart``, an engine
+    does all of its cells before the next one starts.
+    """
+    groups = list(dict.fromkeys((place.temperature, place.batch) for place in places))
+    found: list[tuple[Place, int]] = []
+    for turn in range(passes):
+        if apart:
+            for arm in _rotated(arms, turn):
+                found += [(Place(*group, arm), turn) for group in groups]
+            continue
+        for index, group in enumerate(groups):
+            found += [(Place(*group, arm), turn) for arm in _rotated(arms, turn + index)]
+    return [(places.index(place), turn) for place, turn in found]
+
+
 def write_pictures(found: dict[str, Any], output: Path) -> None:
     """Write the page, and the charts where matplotlib is installed."""
     from vllm_msd.bench.report import render
@@ -245,9 +250,9 @@ def _num_requests(settings: BenchSettings, batch: int) -> int:
     return max(settings.num_prompts, 2 * batch)
 
 
-def _rotated(names: list[str], by: int) -> list[str]:
+def _rotated(names: Sequence[str], by: int) -> list[str]:
     first = by % len(names)
-    return names[first:] + names[:first]
+    return [*names[first:], *names[:first]]
 
 
 def _about(requests: Requests) -> dict[str, Any]:

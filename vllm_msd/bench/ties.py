@@ -46,8 +46,9 @@ def differences(
         if a != b:
             both = min(len(a), len(b))
             position = next((i for i in range(both) if a[i] != b[i]), both)
-            tokens = [ids[position] if position < len(ids) else None for ids in (b, a)]
-            found.append(Difference(batch, arm, turn, request, position, *tokens, a[:position]))
+            token, own = (ids[position] if position < len(ids) else None for ids in (b, a))
+            prefix = a[:position]
+            found.append(Difference(batch, arm, turn, request, position, token, own, prefix))
     return found
 
 

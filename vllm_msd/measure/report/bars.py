@@ -4,10 +4,15 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 
-def bars(rows: Iterable[tuple[str, float | None, str, str]], maximum: float) -> str:
-    """Horizontal bars; a row is label, value, the text after the bar, and its colour."""
+def bars(
+    rows: Iterable[tuple[str, float | None, str, str]], maximum: float, left: int = 138
+) -> str:
+    """Horizontal bars; a row is label, value, the text after the bar, and its colour.
+
+    ``left`` is the room for labels, in px of a picture 480 wide.
+    """
     rows = list(rows)
-    height, left, width, room = 32, 138, 480, 96
+    height, width, room = 32, 480, 122
     parts = []
     for index, (label, value, text, colour) in enumerate(rows):
         top = index * height
