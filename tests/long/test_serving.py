@@ -14,6 +14,7 @@ import psutil
 from tests.common import server_fuzz, server_soak
 from tests.common.adapters import write_adapter
 from tests.common.server import Server, start_server
+from tests.common.worker import HANGS
 from tests.long.record import FAULTS, long_form, write_part
 from tests.vllm.test_config_fuzz import engine, try_configs  # noqa: F401 (a fixture)
 from tests.vllm.test_server_fuzz import Judge, start_without_msd
@@ -23,7 +24,9 @@ pytestmark = long_form
 EXAMPLES = 2000
 NUMBER = 20  # of the drawn configs and requests
 TREES = {"TOKENS": "16", "DEPTH": "5", "TOP_K": "4"}
-ENVIRONMENT = {**os.environ, **TREES, **server_soak.FLAT_MEMORY}
+# A worker that other work keeps from running for minutes is no fault: vLLM's own limit is 5.
+LIMIT = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(HANGS)}
+ENVIRONMENT = {**os.environ, **TREES, **LIMIT, **server_soak.FLAT_MEMORY}
 
 
 def test_configs(engine, monkeypatch):  # noqa: F811
