@@ -18,11 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_HAS_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # asks only; waitpid reads the exit code
 _MET = ("not at all", "before a step", "between steps", "after the last step")
 
 
@@ -45,10 +48,14 @@ def killed(what: str, kills: int, seed: int, timeout: float = 7200) -> dict[str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _run(arguments: list[str], moment: float | None = None) -> tuple[int | None, str]:
-    """Run a command in a fork, killed after ``moment`` seconds; its exit code and what it said.
+def _run(
+    arguments: list[str],
+    moment: float | None = None,
+    is_due: Callable[[], bool] = lambda: True,
+) -> tuple[int | None, str]:
+    """Run a command in a fork, killed ``moment`` seconds after ``is_due`` has become true.
 
-    The code is None if the kill came first.
+    Returns its exit code, None if the kill came first, and what it said.
     """
     said = tempfile.TemporaryFile("w+")  # noqa: SIM115
     child = os.fork()
@@ -64,6 +71,8 @@ def _run(arguments: list[str], moment: float | None = None) -> tuple[int | None,
         finally:
             os._exit(code)
     if moment is not None:
+        while not is_due() and not os.waitid(os.P_PID, child, _HAS_ENDED):
+            time.sleep(0.001)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -163,7 +172,10 @@ def _convert(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill regenerations so often, most of them several times; what the kills found in journals."""
+    """Kill regenerations so often, most of them several times; what the kills found in journals.
+
+    A kill in three waits for the last reply, so that it meets the writing of the output.
+    """
     from tests.common.conversations import write_conversations
 
     _, data = write_conversations(folder / "data", 60)
@@ -188,19 +200,21 @@ def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
             if sum(met.values()) - met["not at all"] >= kills:
                 break
             output = folder / f"run-{number}.json"
-            journal = output.with_name(output.name + ".journal")
             while True:
-                code, said_then = _run(command(output), rng.uniform(0.3, 1.0) * seconds)
+                if rng.random() < 1 / 3:
+                    writes = partial(_is_writing, output, 60)
+                    code, said_then = _run(command(output), rng.uniform(0.0, 0.02), writes)
+                else:
+                    code, said_then = _run(command(output), rng.uniform(0.3, 1.0) * seconds)
                 if code is not None:
                     _expect((code, said_then), f"run {number}")
                     met["not at all"] += 1
                     break
                 if output.exists() and output.read_bytes() != expected:
                     raise RuntimeError(f"run {number}: a half-written output")
-                lines = journal.read_text().count("\n") - 1 if journal.exists() else 0
-                is_done = output.exists() or lines == 60
-                met["all done" if is_done else "some done" if lines > 0 else "nothing done"] += 1
-                if output.exists() and not journal.exists():
+                some = "some done" if _replies(output) > 0 else "nothing done"
+                met["all done" if _is_writing(output, 60) else some] += 1
+                if output.exists() and not _journal(output).exists():
                     break
             if output.read_bytes() != expected:
                 raise RuntimeError(f"run {number}: another output, {met}")
@@ -213,6 +227,23 @@ def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         server.wait()
     kills = sum(met.values()) - met["not at all"]  # the last run's were not broken off
     return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
+
+
+def _journal(output: Path) -> Path:
+    return output.with_name(output.name + ".journal")
+
+
+def _replies(output: Path) -> int:
+    """Conversations in the journal, of which the first line is the head."""
+    try:
+        return _journal(output).read_text().count("\n") - 1
+    except FileNotFoundError:
+        return 0
+
+
+def _is_writing(output: Path, conversations: int) -> bool:
+    """Whether all replies are there; from then on the output is written."""
+    return output.exists() or _replies(output) == conversations
 
 
 def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
