@@ -20,20 +20,25 @@ REQUESTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 MAX_ROWS = 2048
 
 
-def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
-    """Rows that a decoding request may have, and the most requests that run with so many.
-
-    That is a row more than its drafted tokens: one number, or those of the schedule.
-    """
+def drafted_by_requests(vllm_config: VllmConfig) -> dict[int, int]:
+    """Tokens that a step drafts, by its number of requests: one number, or those of a schedule."""
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     config, most = vllm_config.speculative_config, vllm_config.num_speculative_tokens
     largest = vllm_config.scheduler_config.max_num_seqs
     schedule = config.num_speculative_tokens_per_batch_size
     if not schedule:
-        return {most + 1: largest}
+        return dict.fromkeys(range(1, largest + 1), most)
     tokens = build_dynamic_sd_schedule_lookup(schedule, largest, most)
-    return {tokens[batch] + 1: batch for batch in range(1, largest + 1)}
+    return {batch: tokens[batch] for batch in range(1, largest + 1)}
+
+
+def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
+    """Rows that a decoding request may have, and the most requests that run with so many.
+
+    That is a row more than its drafted tokens.
+    """
+    return {drafted + 1: batch for batch, drafted in drafted_by_requests(vllm_config).items()}
 
 
 def tree_capture_sizes(by_rows: dict[int, int], max_rows: int) -> set[int]:

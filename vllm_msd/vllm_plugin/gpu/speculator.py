@@ -34,6 +34,7 @@ from vllm_msd.kernels import DraftPlace, LevelInputs
 from vllm_msd.roofline.scratch import float_rows, verification_rows
 from vllm_msd.tree import TreeRows
 from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
+from vllm_msd.vllm_plugin.configuration.capture_sizes import drafted_by_requests
 from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
 from vllm_msd.vllm_plugin.gpu.backend import provide_workspace, register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
@@ -130,8 +131,10 @@ class TreeSpeculator(ChainSpeculator):
             cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         ):
             mode = CUDAGraphMode.FULL_DECODE_ONLY
+        drafted = drafted_by_requests(self.vllm_config)
+        levels = {n: self.shape.levels_for(nodes) for n, nodes in drafted.items() if nodes}
         self.decode_cudagraph_manager = TreeCudaGraphManager(
-            self.vllm_config, self.device, mode, self.shape.top_k
+            self.vllm_config, self.device, mode, self.shape.top_k, levels
         )
         self.compact_cudagraph_manager = TreeCudaGraphManager(
             self.vllm_config, self.device, mode, self.compact.width
@@ -174,9 +177,12 @@ class TreeSpeculator(ChainSpeculator):
     ) -> torch.Tensor:
         """Draft a tree for each request of the batch.
 
+        A schedule asks for fewer nodes in some steps: no more levels are drafted than their tree
+        can have, and none where it asks for no nodes.
+
         Returns:
-            ``[R, num_speculative_tokens]`` int64, the nodes' tokens; their parents go to the
-            store.
+            ``[R, n]`` int64 for all n nodes of a whole tree, the nodes' tokens; their parents go to
+            the store. The nodes asked for come first.
         """
         num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping
         if not dummy_run and num_speculative_tokens != 0 and self.compact.fits(input_batch):
@@ -205,8 +211,12 @@ class TreeSpeculator(ChainSpeculator):
             )
             if num_speculative_tokens == 0:
                 return drafts
+        shape = self.shape
+        if num_speculative_tokens is not None:
+            shape = shape.shallower(shape.levels_for(num_speculative_tokens))
         self._draft(
             num_reqs,
+            shape.depth,
             input_batch.seq_lens_cpu_upper_bound[:num_reqs],
             with_attention=not (dummy_run and skip_attn_for_dummy_run),
             eager=is_profile,
@@ -217,15 +227,18 @@ class TreeSpeculator(ChainSpeculator):
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
                 turn = async_tensor_h2d(as_chain, device=self.device)
-                self.model_state.store.turn_into_chains(slots, self.draft_tokens[:num_reqs], turn)
+                drafted = self.draft_tokens[:num_reqs, : shape.total_tokens - 1]
+                self.model_state.store.turn_into_chains(slots, drafted, turn)
         return self.draft_tokens[:num_reqs]
 
     def grow_for_nobody(self) -> None:
-        """Launch every kernel of a drafting round, for a padding request and without attention."""
+        """Launch every kernel of drafting rounds, for a padding request and without attention."""
         self.idx_mapping[:1].fill_(-1)
-        self._set_query_starts(1)
-        self._keep_roots(1)
-        self._grow(slice(0, 1), None, None)
+        drafted = set(drafted_by_requests(self.vllm_config).values()) - {0}
+        for levels in {self.shape.levels_for(nodes) for nodes in drafted}:
+            self._set_query_starts(1)
+            self._keep_roots(1)
+            self._grow(slice(0, 1), levels, None, None)
 
     def _profile_verification(self, hidden: torch.Tensor) -> None:
         """Take the memory of the largest verification's logits, for vLLM's profile to see.
@@ -241,12 +254,18 @@ class TreeSpeculator(ChainSpeculator):
         logits[: float_rows(rows, nodes, logits.shape[1])].float()
 
     def _draft(
-        self, num_reqs: int, seq_lens_cpu: torch.Tensor, with_attention: bool, eager: bool
+        self,
+        num_reqs: int,
+        levels: int,
+        seq_lens_cpu: torch.Tensor,
+        with_attention: bool,
+        eager: bool,
     ) -> None:
         """Grow trees from what the draft's prefill left in the buffers, by a graph if there is one.
 
         Args:
             num_reqs: R.
+            levels: that are fed to the draft.
             seq_lens_cpu: ``[R]`` int32 on the host, at least the requests' lengths.
             with_attention: False in the memory profile, where there is no KV cache yet.
             eager: True where no graph may be used.
@@ -254,12 +273,12 @@ class TreeSpeculator(ChainSpeculator):
         k, step = self.shape.top_k, self.requests_at_once
         if num_reqs <= step and with_attention and not eager:
             self._set_query_starts(num_reqs)
-            desc = self.decode_cudagraph_manager.dispatch(num_reqs, num_reqs * k, k, 0)
+            desc = self.decode_cudagraph_manager.of_round(num_reqs, levels)
             if desc.cg_mode == CUDAGraphMode.FULL:
                 self.refresh_block_tables()
                 self.decode_cudagraph_manager.run_fullgraph(desc)
                 return
-        longest = int(seq_lens_cpu.max()) + self.shape.depth * k
+        longest = int(seq_lens_cpu.max()) + levels * k
         self.draft_max_seq_len = min(longest, self.max_model_len)
         self._keep_roots(num_reqs)
         for begin in range(0, num_reqs, step):
@@ -267,12 +286,12 @@ class TreeSpeculator(ChainSpeculator):
             count = chosen.stop - begin
             self._set_query_starts(count)
             if not with_attention:
-                self._grow(chosen, None, None)
+                self._grow(chosen, levels, None, None)
                 continue
             if num_reqs > step:
                 self.block_tables.gather_block_tables(self.idx_mapping[chosen], count)
             metadata_of = self._fresh_metadata(count, seq_lens_cpu[chosen])
-            self._grow(chosen, self._slot_mappings(count), metadata_of)
+            self._grow(chosen, levels, self._slot_mappings(count), metadata_of)
 
     def refresh_block_tables(self) -> None:
         """Bring up to date what the draft's graphs read of the batch's block tables."""
@@ -331,17 +350,20 @@ class TreeSpeculator(ChainSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode,
         num_speculative_steps: int = 0,
     ) -> None:
-        """What vLLM captures: all levels, over one metadata object.
+        """What vLLM captures: ``num_speculative_steps`` levels, over one metadata object.
 
         What the parent of our attention prepares on the device is not brought up to date: every row
         of a level is in a tree, and takes the tree kernel.
         """
         self._keep_roots(num_reqs)
-        self._grow(slice(0, num_reqs), slot_mappings, lambda level: attn_metadata)
+        self._grow(
+            slice(0, num_reqs), num_speculative_steps, slot_mappings, lambda level: attn_metadata
+        )
 
     def _grow(
         self,
         chosen: slice,
+        levels: int,
         slot_mappings: dict[str, torch.Tensor] | None,
         metadata_of: Callable[[int], dict[str, Any]] | None,
     ) -> None:
@@ -352,10 +374,13 @@ class TreeSpeculator(ChainSpeculator):
 
         Args:
             chosen: which requests of the batch, a graph's padding included.
+            levels: that are fed to the draft; all of a whole tree, or fewer.
             slot_mappings: by layer, of a level's rows; None without attention.
             metadata_of: a level's attention metadata, once its rows are in their buffers.
         """
         inputs, store = self.input_buffers, self.model_state.store
+        buffers = self.buffers.shallower(levels)
+        kept = buffers.shape.total_tokens
         place = DraftPlace(
             self.first[chosen],
             self.idx_mapping[chosen],
@@ -385,11 +410,11 @@ class TreeSpeculator(ChainSpeculator):
             self.head(root_hidden),
             root_hidden,
             expand,
-            self.buffers,
+            buffers,
             rows,
             place,
-            (store.parents, store.depths, store.ancestors),
-            self.draft_tokens[chosen],
+            (store.parents[:, :kept], store.depths[:, :kept], store.ancestors[:, :kept]),
+            self.draft_tokens[chosen, : kept - 1],
             self.head.vocabulary,
         )
 
