@@ -30,6 +30,7 @@ JOBS = {
     "graph_answers": "tests.common.cuda_graphs.answers:graph_answers",
     "greedy": "tests.common.lossless:greedy_identity",
     "random": "tests.common.tree_identity:random_identity",
+    "launches_by_batch": "tests.common.cuda_graphs.operations:launches_by_batch",
     "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",
     "soak": "tests.common.soak:soak",

@@ -12,10 +12,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from tests.common.configuring import configure, msd, tree
 from vllm_msd.vllm_plugin.configuration import tree_settings as settings
-from vllm_msd.vllm_plugin.configuration.capture_sizes import drafted_by_requests
+from vllm_msd.vllm_plugin.configuration.capture_sizes import add_larger_graphs, drafted_by_requests
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -170,6 +171,36 @@ def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monke
     for requests, asked in ((3, 2), (64, 4)):  # of no batch; without drafts
         assert manager.of_round(requests, asked).cg_mode == CUDAGraphMode.NONE
     assert isinstance(manager.of_round(3, 4), RoundDescriptor)
+
+
+def test_a_batch_finds_the_next_graph_of_its_own_kind():
+    """Not only among those of the next number of rows, which may be for other requests."""
+
+    def desc(requests, width, rows=0, loras=0):
+        return BatchExecutionDescriptor(
+            CUDAGraphMode.FULL if width else CUDAGraphMode.PIECEWISE,
+            rows or requests * width,
+            requests,
+            width,
+            num_active_loras=loras,
+        )
+
+    few, most, tree_of_one, adapted = desc(2, 3), desc(6, 3), desc(1, 17), desc(5, 3, loras=1)
+    any_rows = desc(None, None, rows=16)
+    captured = {
+        CUDAGraphMode.FULL: [most, tree_of_one, few, adapted],
+        CUDAGraphMode.PIECEWISE: [any_rows],
+    }
+    candidates = {
+        (6, 0): [few, any_rows], (12, 0): [tree_of_one, any_rows], (18, 0): [most], (19, 0): []
+    }  # fmt: skip
+    add_larger_graphs(candidates, captured)
+    assert candidates == {
+        (6, 0): [few, tree_of_one, any_rows],
+        (12, 0): [tree_of_one, most, any_rows],
+        (18, 0): [most],
+        (19, 0): [],
+    }
 
 
 def test_capture_sizes_of_the_user_stay(pair):

@@ -66,6 +66,19 @@ PATCHES: tuple[Patch, ...] = (
         used_as=(("vllm.config.vllm", "self._set_cudagraph_sizes()"),),
     ),
     Patch(
+        name="schedule-graphs",
+        target="vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
+        make="vllm_msd.vllm_plugin.configuration.capture_sizes:wrap_init_candidates",
+        what="With a schedule of drafted tokens, lets a batch pad the next graph of requests with "
+        "as many rows as its own have.",
+        why="vLLM looks at graphs of the next number of rows alone. Where those are for requests "
+        "with other numbers of rows, the step runs eagerly, and a schedule's threshold costs more "
+        "than its rows save.",
+        remove_when="vLLM finds the next graph of a batch's own kind.",
+        used_as=(("vllm.v1.worker.gpu.cudagraph_utils", "self._init_candidates()"),),
+    ),
+    Patch(
         name="v1-drafter",
         target="vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
