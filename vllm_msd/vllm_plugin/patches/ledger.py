@@ -194,6 +194,23 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="Every supported version ends chunks a row before such an image, and moves on.",
     ),
     Patch(
+        name="request-drafts",
+        target="vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "throttle_prefills")),
+        make="vllm_msd.vllm_plugin.request_drafts:wrap_schedule",
+        what="Under Model Runner V2, cuts a request's drafts to what its own `msd` options allow, "
+        "and asks for none where no request of a step wants any.",
+        why="vLLM drafts and verifies the same number for all requests of a step.",
+        remove_when="vLLM lets a request say how many tokens are drafted for it.",
+        used_as=(
+            ("vllm.v1.core.sched.scheduler", "spec_token_ids = request.spec_token_ids"),
+            (
+                "vllm.v1.worker.gpu.model_runner",
+                "num_spec_tokens = self.execute_model_state.num_spec_tokens_to_schedule",
+            ),
+        ),
+    ),
+    Patch(
         name="sampling-params",
         target="vllm.sampling_params:SamplingParams._validate_spec_decode",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "speculative_config")),
