@@ -36,7 +36,8 @@ def rerank(
         k: the beam's width.
         slots: [R] int32 or int64, each request's row in the three tensors after it; -1 is their
             last row. Requests that pad a batch share it; what it holds then means nothing.
-        parents: [slots + 1, T] int64, written in place: an earlier node, -1 at the root.
+        parents: [slots + 1, T] int64, written in place: an earlier node, -1 at the root. The first
+            columns of wider tensors will do, all three with the same stride.
         depths: [slots + 1, T] int64, likewise: 0 at the root.
         ancestors: [slots + 1, T] int64, likewise: bit n where node n is an ancestor or the node.
         draft_tokens: [R or more, T - 1] int64, written in place: the nodes' tokens but the root's.
@@ -66,7 +67,11 @@ def rerank(
     if num_nodes - 1 > num_candidates:
         raise ValueError(f"{num_nodes} nodes with their root, but {num_candidates} candidates")
     for name, t in (("parents", parents), ("depths", depths), ("ancestors", ancestors)):
-        expect_room(name, t, torch.int64, (num_rows, num_nodes), device)
+        expect(name, t, torch.int64, (num_rows, num_nodes), device)
+        if t.stride(0) != parents.stride(0):
+            raise ValueError(
+                f"{name} has rows {t.stride(0)} apart, parents {parents.stride(0)}: make them alike"
+            )
     for name, t in candidates._asdict().items():
         dtype = torch.float32 if name == "scores" else torch.int32
         expect_room(f"candidates.{name}", t, dtype, (num_requests, num_candidates), device)
@@ -91,6 +96,7 @@ def rerank(
         num_nodes,
         num_candidates,
         num_rows - 1,
+        parents.stride(0),
         candidates.scores.stride(0),
         draft_tokens.stride(0),
         K=k,

@@ -7,11 +7,11 @@ from ..ranking import NOTHING, best_keys, key_index, order_key
 
 
 @triton.jit(
-    do_not_specialize=["num_nodes", "num_candidates", "spare_row"],
+    do_not_specialize=["num_nodes", "num_candidates", "spare_row", "stride_nodes"],
     do_not_specialize_on_alignment=["slots_ptr", "draft_tokens_ptr"],
 )
 def rerank_kernel(
-    parents_ptr,  # [rows, num_nodes] int64, one row per slot and the spare one
+    parents_ptr,  # [rows, num_nodes or more] int64, one row per slot and the spare one
     depths_ptr,
     ancestors_ptr,
     draft_tokens_ptr,  # [R, num_nodes - 1] int64
@@ -22,6 +22,7 @@ def rerank_kernel(
     num_nodes,
     num_candidates,
     spare_row,
+    stride_nodes,
     stride_candidates,
     stride_drafts,
     K: tl.constexpr,
@@ -52,7 +53,7 @@ def rerank_kernel(
     draft_tokens_ptr += request * stride_drafts
     tl.store(draft_tokens_ptr + node, tokens.to(tl.int64), mask=drafted)
     slot = tl.load(slots_ptr + request).to(tl.int64)
-    offset = tl.where(slot < 0, spare_row, slot) * num_nodes
+    offset = tl.where(slot < 0, spare_row, slot) * stride_nodes
     tl.store(parents_ptr + offset, -1)
     tl.store(parents_ptr + offset + node + 1, parent.to(tl.int64), mask=drafted)
     tl.store(depths_ptr + offset, 0)

@@ -20,6 +20,7 @@ def open_engine(
     draft_sample_method: str = "greedy",
     tree: tuple[int, int] | None = None,
     schedule: list[list[int]] | None = None,
+    adaptive: bool = False,
     **options: Any,
 ) -> Any:
     """An in-process fp32 ``vllm.LLM``, small enough that chunked prefill and mixed steps happen.
@@ -31,6 +32,7 @@ def open_engine(
         draft_sample_method: ``greedy`` or ``probabilistic``.
         tree: depth and width; None for a chain.
         schedule: drafted tokens by batch size, vLLM's ``num_speculative_tokens_per_batch_size``.
+        adaptive: vLLM's ``enable_adaptive_verification``.
         options: further engine arguments, or other values of those set here.
     """
     from vllm import LLM
@@ -58,6 +60,8 @@ def open_engine(
             settings["speculative_config"] |= {"tree_depth": depth, "tree_top_k": top_k}
         if schedule is not None:
             settings["speculative_config"]["num_speculative_tokens_per_batch_size"] = schedule
+        if adaptive:
+            settings["speculative_config"]["enable_adaptive_verification"] = True
     settings |= options
     if CUDAGRAPH_MODE is not None:
         settings |= _with_graphs(CUDAGRAPH_MODE, 1 + (spec_tokens if draft else 0), **settings)

@@ -144,18 +144,28 @@ class GrowthBatch:
 
         return expand
 
-    def prepared(self, vocabulary: Vocabulary | None = None):
-        """A call that grows by kernels into buffers of its own, and one that looks at the trees."""
+    def prepared(self, vocabulary: Vocabulary | None = None, levels: int | None = None):
+        """A call that grows by kernels into buffers of its own, and one that looks at the trees.
+
+        With ``levels`` only so many are fed; of the nodes that this cannot reach nothing is true.
+        """
         inputs, relations, buffers = self.inputs(), self.relations(), self.buffers()
         expand = self.expand_paged(inputs)
         drafts = torch.zeros(
             len(self.root_hidden) + 1, self.shape.total_tokens - 1, dtype=torch.int64
         ).to(self.draft.device)
+        kept = self.shape.total_tokens
+        if levels is not None:
+            for t in (*buffers.candidates, *buffers.beams):
+                t.zero_()  # as certain as can be, from an earlier round
+            buffers = buffers.shallower(levels)
+            kept = buffers.shape.total_tokens
 
         def grow() -> None:
             grow_tree_fused(
                 self.draft.logits(self.root_hidden), self.root_hidden, expand,
-                buffers, inputs, self.place, relations, drafts, vocabulary or Vocabulary(),
+                buffers, inputs, self.place, [x[:, :kept] for x in relations],
+                drafts[:, : kept - 1], vocabulary or Vocabulary(),
             )  # fmt: skip
 
         def trees() -> DraftTree:

@@ -177,6 +177,31 @@ def test_growth_equals_the_definition(shape, ties):
     GrowthBatch.make(draft, shape, slots).assert_grows_the_same()
 
 
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_fewer_levels_grow_the_beginning_of_the_tree(levels):
+    """As many nodes as levels can hold: in buffers of the whole tree, full of an earlier one."""
+    batch = GrowthBatch.make(ToyDraft(40, seed=3), TreeShape(17, depth=3, top_k=4), [1, -1, 0, 2])
+    whole = batch.by_definition()
+    assert int(whole.depths[:, : levels + 2].max()) > 1 or levels == 0
+    grow, trees = batch.prepared(levels=levels)
+    grow()
+    found, real = trees(), batch.place.slots >= 0
+    for nodes in range(1, 17):
+        if batch.shape.levels_for(nodes) > levels:
+            break
+        cut = slice(1, nodes + 1)
+        for name in ("tokens", "parents", "depths", "ancestors"):
+            ours, expected = getattr(found, name), getattr(whole, name)[real]
+            assert torch.equal(ours[:, cut], expected[:, cut]), (name, nodes)
+    # The rest is the best tree of so many levels.
+    shape = batch.shape.shallower(levels)
+    shallow = GrowthBatch(batch.draft, shape, batch.place, batch.root_hidden).by_definition()
+    for name in ("tokens", "parents", "depths", "ancestors"):
+        kept = slice(1, shape.total_tokens)
+        assert torch.equal(getattr(found, name)[:, kept], getattr(shallow, name)[real][:, kept])
+        assert not getattr(found, name)[:, shape.total_tokens :].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_growth_in_half_precision(dtype):
     draft = ToyDraft(90, seed=4, dtype=dtype, ties=True)

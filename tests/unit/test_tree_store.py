@@ -70,9 +70,13 @@ def test_a_smaller_tree_takes_the_place_of_a_larger_ones_first_nodes():
         assert torch.equal(kept[4:], getattr(large, name)[0, 4:]), name
 
 
-def test_some_trees_become_chains_of_their_nodes():
+@pytest.mark.parametrize("nodes", [NODES, 4])
+def test_some_trees_become_chains_of_their_nodes(nodes):
+    """Also smaller ones, put over larger ones: their old nodes are none of the chain's."""
     store = TreeStore(SLOTS, ROWS, NODES)
+    store.put(torch.tensor([4, 0, 2]), forest([NODES] * 3, seed=4)[0])
     tree, _ = forest([NODES] * 3, seed=3)
+    tree = DraftTree.from_parents(tree.tokens[:, :nodes], tree.parents[:, :nodes])
     slots, turn = torch.tensor([4, 0, 2]), torch.tensor([True, False, True])
     store.put(slots, tree)
     drafted = tree.tokens[:, 1:].clone()
@@ -81,7 +85,7 @@ def test_some_trees_become_chains_of_their_nodes():
     assert torch.equal(drafted, expected.tokens[:, 1:])
     assert not torch.equal(expected.parents, tree.parents)
     for name in FIELDS:
-        assert torch.equal(getattr(store, name)[slots], getattr(expected, name)), name
+        assert torch.equal(getattr(store, name)[slots, :nodes], getattr(expected, name)), name
 
 
 def test_padding_requests_touch_no_slot():

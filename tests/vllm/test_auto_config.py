@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.common.configuring import configure, msd, tree
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.configuration import auto_sizes, engine_args, request_options
+from vllm_msd.vllm_plugin.configuration import auto_sizes, request_options
 from vllm_msd.vllm_plugin.configuration.auto_sizes import CHAIN, TREE
 from vllm_msd.vllm_plugin.configuration.tree_settings import auto_shapes, drafts_trees
 
@@ -81,8 +81,7 @@ def test_where_sizes_have_to_be_fixed_they_are_the_drafts(pair, fallbacks, keys,
 
 
 def test_model_runner_v2_takes_the_drafts_sizes(pair, fallbacks, monkeypatch):
-    for module in (auto_sizes, engine_args):
-        monkeypatch.setattr(module, "runs_v1_on_cpu", lambda: False)
+    monkeypatch.setattr(auto_sizes, "runs_v1_on_cpu", lambda: False)
     spec = configure(pair.target, msd(pair, num_speculative_tokens="auto"))
     assert (spec.num_speculative_tokens, shapes_of(spec)) == (5, [])
     assert "only Model Runner V1 on a CPU" in fallbacks[0]
@@ -135,12 +134,3 @@ def test_values_that_cannot_be_meant_are_refused(pair, extra):
         params(**extra)._validate_spec_decode(spec)
     other = configure(pair.target, {"method": "ngram", "num_speculative_tokens": 2})
     params(**extra)._validate_spec_decode(other)  # no business of ours
-
-
-def test_an_engine_that_heeds_no_request_says_so(pair, monkeypatch):
-    for module in (auto_sizes, engine_args):
-        monkeypatch.setattr(module, "runs_v1_on_cpu", lambda: False)
-    spec = configure(pair.target, msd(pair))
-    with pytest.raises(VLLMValidationError, match="need Model Runner V1"):
-        params(msd=False)._validate_spec_decode(spec)
-    params(msd=True)._validate_spec_decode(spec)

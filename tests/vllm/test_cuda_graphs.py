@@ -27,6 +27,9 @@ DRAFTS = {
     "schedule": {"spec_tokens": 16, "tree": (5, 4), "schedule": SCHEDULE},
 }
 DECODING = "FULL_DECODE_ONLY"
+# Trees of fewer nodes than a whole one is deep keep vLLM's own prefill of the draft, which issues
+# so many launches more than the compact one.
+OTHER_PREFILL = 20
 CASES = [
     "mixed_batch", "chunk_inside_image", "prefix_cache", "preemption", "structured_output",
     "settled_prefixes", "constrained_beside_free", "seeded_samples",
@@ -82,7 +85,68 @@ def test_trees_by_a_schedule(scheduling):
     assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
     rows = {int(size.split()[2]) // int(size.split()[0]) for size in got["replays"]["target"]}
     assert rows == {nodes + 1 for *_, nodes in SCHEDULE}
-    assert sum(n > 0 for n in got["replays"]["decode"].values()) > 2
+    # Two nodes need one level, three need two; where none are asked for there is no graph.
+    rounds = [size.split() for size, n in got["replays"]["decode"].items() if n]
+    levels = {int(words[0]): int(words[-2]) for words in rounds}
+    assert len(levels) == len(rounds) and set(levels.values()) == {4, 2, 1}
+    assert levels.items() <= {1: 4, 2: 4, 4: 2, 5: 1, 6: 1}.items()
+
+
+def test_a_threshold_of_a_schedule_costs_nothing_but_its_rows():
+    """Two sizes as a batch shrinks: no step leaves the graphs, whatever the batch.
+
+    Graphs of 3 rows a request are there for 1, 2 and 6 requests; between them lie those of 17.
+    """
+    pair = demo_pair()
+    steps = run_worker(
+        "launches_by_batch", "v2", target=str(pair.target), draft=str(pair.draft),
+        speculation={"spec_tokens": 16, "tree": [5, 4], "schedule": [[1, 2, 16], [3, 6, 2]]},
+        lengths=[6, 10, 14, 20, 36, 48],
+    )  # fmt: skip
+    decoding = [step for step in steps if step["rows"] == step["requests"] + step["drafted"]]
+    few, many = ([s for s in decoding if s["drafted"] == n * s["requests"] > 0] for n in (16, 2))
+    crossing = [s for s in decoding if s["requests"] <= 2 and s["drafted"] == 2 * s["requests"]]
+    assert len(few) > 3 and len(many) > 3 and crossing
+    assert {s["requests"] for s in few} == {1, 2} and max(s["requests"] for s in many) > 3
+    for step in (*few, *many):
+        assert len(step["graphs"]) == 3, step
+    # The target's graph and what is issued beside the graphs do not depend on the size.
+    assert len({s["graphs"][0] for s in (*few, *many)}) == 1
+    assert max(s["outside"] for s in many) <= max(s["outside"] for s in few) + OTHER_PREFILL
+    levels = {s["graphs"][2] for s in many if s not in crossing}
+    assert max(levels) < min(s["graphs"][2] for s in few) / 2
+
+
+OWN = ((), (("msd", False),), (("msd_max_nodes", 2),))
+
+
+@pytest.mark.parametrize(
+    ("draft", "graphs", "scheduling"), [("chain", None, False), ("tree", DECODING, True)], ids=str
+)
+def test_requests_with_fewer_drafts_or_none(draft, graphs, scheduling):
+    """Beside others that have all of them, and after these are gone."""
+    got = answers(draft, graphs, async_scheduling=scheduling, own=OWN)
+    assert got["ids"] == answers(None)["ids"]
+    most = DRAFTS[draft]["spec_tokens"]
+    drafts, tokens = got["drafts"], [len(ids) for ids in got["ids"]]
+    kinds = [range(kind, len(drafts), 3) for kind in range(3)]
+    for kind, limit in zip(kinds, (most, 0, 2), strict=True):
+        assert {max(drafts[i]) for i in kind} == {limit}
+        # A step emits the drafts that it accepts, and one token more.
+        accepted = sum(tokens[i] - 1 - len(drafts[i]) for i in kind)
+        rejected = sum(sum(drafts[i]) for i in kind) - accepted
+        assert (accepted > 5 and rejected > 0) if limit else accepted <= 0
+
+
+def test_chains_verified_adaptively():
+    """Rows are free up to 12 a step: of six requests some keep their drafts, others lose them."""
+    got = answers("chain", DECODING, free_rows=12)
+    assert got["ids"] == answers(None)["ids"]
+    assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 5
+    cut = [(budget, own) for budget, own in got["budgets"] if 0 < budget < sum(own)]
+    whole = [budget for budget, own in got["budgets"] if budget == sum(own)]
+    assert len(cut) > 3 and whole
+    assert sum(replays(got, name) for name in ("target", "decode")) > 0
 
 
 @pytest.mark.parametrize(("nodes", "tree"), [(60, (6, 10)), (30, (5, 10))], ids=str)

@@ -1,6 +1,7 @@
 """Settings, engines, targets and drafts that do not work with MSD, each refused with its reason."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def by_batch_size(*schedule):
         (tree(64, 5, 8), "at most 63 with a tree"),
         (tree(12, 3, 3) | {"draft_sample_method": "probabilistic"}, "Only 'greedy' does"),
         (tree(12, 3, 3) | {"rejection_sample_method": "block"}, "Only 'standard' does"),
+        (tree(12, 3, 3) | {"enable_adaptive_verification": True}, "chains by that on the device"),
         ({"prompt_lookup_max": 4}, "has no meaning for the method 'msd'"),
         ({"parallel_drafting": True}, "has no meaning for the method 'msd'"),
         ({"tensor_parallel_size": 2}, "target's tensor parallel size"),
@@ -85,6 +87,19 @@ def test_engines_that_do_not_work(pair, engine, message):
 def test_engines_that_do_not_work_with_trees(pair, engine, message):
     with pytest.raises(ConfigError, match=message):
         configure(pair.target, msd(pair, **tree(12, 3, 3)), **engine)
+
+
+def test_a_quantized_head_beside_a_draft_vocabulary(pair, monkeypatch):
+    """vLLM 0.33's; 0.32 does not know the setting, so it is not looked up here."""
+    check = guards.check_engine
+
+    def with_vocabulary(engine_args, request, draft, *rest):
+        return check(engine_args, request, replace(draft, draft_vocab_size=64), *rest)
+
+    monkeypatch.setattr(guards, "check_keys", lambda request: None)
+    monkeypatch.setattr(guards, "check_engine", with_vocabulary)
+    with pytest.raises(ConfigError, match="this draft takes 64 rows of it"):
+        configure(pair.target, msd(pair, draft_lm_head_quantization="fp8"))
 
 
 def test_fewer_tokens_than_the_rows_that_draft(pair):

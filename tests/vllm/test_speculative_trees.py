@@ -12,9 +12,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from tests.common.configuring import configure, msd, tree
 from vllm_msd.vllm_plugin.configuration import tree_settings as settings
+from vllm_msd.vllm_plugin.configuration.capture_sizes import add_larger_graphs, drafted_by_requests
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -121,6 +123,84 @@ def test_capture_sizes_follow_every_size_of_a_schedule(pair):
     sizes = with_graphs(pair, tree(24, 5, 6) | schedule, seqs=64).compilation_config
     sizes = set(sizes.cudagraph_capture_sizes)
     assert {25, 50, 75, 100, *(8 * n for n in (1, 2, 5, 8, 10, 12, 16)), 64} <= sizes
+
+
+def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monkeypatch):
+    """One for each number that a batch, padded to the graph's, can ask for; none for none."""
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    from vllm_msd.vllm_plugin.gpu.tree_graphs import RoundDescriptor, TreeCudaGraphManager
+
+    everywhere = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: everywhere)
+    monkeypatch.setattr(
+        cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None)
+    )
+    schedule = {"num_speculative_tokens_per_batch_size": [[1, 5, 24], [6, 16, 3], [17, 64, 0]]}
+    sizes = [25, 50, 100, 200, 400, 1600]
+    config = with_graphs(pair, tree(24, 5, 6) | schedule, seqs=64, sizes=sizes)
+    shape = settings.tree_config(config).shape
+    drafted = drafted_by_requests(config)
+    assert [drafted[n] for n in (1, 5, 6, 16, 17, 64)] == [24, 24, 3, 3, 0, 0]
+    levels = {n: shape.levels_for(nodes) for n, nodes in drafted.items() if nodes}
+    manager = TreeCudaGraphManager(
+        config, "cpu", CUDAGraphMode.FULL_DECODE_ONLY, shape.top_k, levels
+    )
+    descs = manager._capture_descs[CUDAGraphMode.FULL]
+    found = {(d.num_reqs, d.levels) for d in descs}
+    assert len(descs) == len(found)
+    counts = sorted({n for (_, _), (d,) in manager._candidates.items() for n in [d.num_reqs]})
+    smaller = 0
+    for n in counts:
+        expected = {levels[batch] for batch in range(smaller + 1, n + 1) if batch in levels}
+        assert {x for m, x in found if m == n} == expected, n
+        smaller = n
+    assert {x for _, x in found} == {2, 4} and max(counts) > max(n for n, _ in found)
+    # Captured one number of levels after the other, the largest batches first.
+    captured = []
+    monkeypatch.setattr(
+        TreeCudaGraphManager.__mro__[2],
+        "capture",
+        lambda self, create, *_: captured.extend(self._capture_descs[CUDAGraphMode.FULL]),
+    )
+    manager.capture(lambda **_: None, *[None] * 5)
+    assert captured == sorted(descs, key=lambda d: (-d.levels, -d.num_reqs))
+    manager.graphs, manager._graphs_captured = dict.fromkeys(descs), True
+    assert manager.of_round(3, 4) in manager.graphs
+    assert manager.of_round(6, 2) in manager.graphs
+    for requests, asked in ((3, 2), (64, 4)):  # of no batch; without drafts
+        assert manager.of_round(requests, asked).cg_mode == CUDAGraphMode.NONE
+    assert isinstance(manager.of_round(3, 4), RoundDescriptor)
+
+
+def test_a_batch_finds_the_next_graph_of_its_own_kind():
+    """Not only among those of the next number of rows, which may be for other requests."""
+
+    def desc(requests, width, rows=0, loras=0):
+        return BatchExecutionDescriptor(
+            CUDAGraphMode.FULL if width else CUDAGraphMode.PIECEWISE,
+            rows or requests * width,
+            requests,
+            width,
+            num_active_loras=loras,
+        )
+
+    few, most, tree_of_one, adapted = desc(2, 3), desc(6, 3), desc(1, 17), desc(5, 3, loras=1)
+    any_rows = desc(None, None, rows=16)
+    captured = {
+        CUDAGraphMode.FULL: [most, tree_of_one, few, adapted],
+        CUDAGraphMode.PIECEWISE: [any_rows],
+    }
+    candidates = {
+        (6, 0): [few, any_rows], (12, 0): [tree_of_one, any_rows], (18, 0): [most], (19, 0): []
+    }  # fmt: skip
+    add_larger_graphs(candidates, captured)
+    assert candidates == {
+        (6, 0): [few, tree_of_one, any_rows],
+        (12, 0): [tree_of_one, most, any_rows],
+        (18, 0): [most],
+        (19, 0): [],
+    }
 
 
 def test_capture_sizes_of_the_user_stay(pair):

@@ -89,6 +89,19 @@ class GrowthBuffers:
             Beams.allocate(num_requests, shape.depth, k, device),
         )
 
+    def shallower(self, depth: int) -> "GrowthBuffers":
+        """The same memory, for trees of `TreeShape.shallower`."""
+        shape = self.shape.shallower(depth)
+        requests = len(self.candidates.scores)
+        candidates = Candidates(
+            *(
+                t.flatten()[: requests * shape.num_candidates].view(requests, -1)
+                for t in self.candidates
+            )
+        )
+        beams = Beams(self.beams.numbers[:depth], self.beams.ancestors[:depth], *self.beams[2:])
+        return GrowthBuffers(shape, self.parts, self.best, candidates, beams)
+
 
 def grow_tree_fused(
     root_logits: Tensor,
@@ -112,7 +125,7 @@ def grow_tree_fused(
         inputs: written before each call of ``expand``, which reads them.
         place: where the rows lie, and which requests are padding.
         relations: parents, depths and ancestors by slot, ``[slots + 1, T]`` int64, written in place
-            at the requests' slots; see `vllm_msd.kernels.rerank`.
+            at the requests' slots; see `vllm_msd.kernels.rerank`. T is how many nodes are kept.
         draft_tokens: ``[R or more, T - 1]`` int64, written.
         vocabulary: what the columns of the logits are.
 

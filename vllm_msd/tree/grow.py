@@ -70,8 +70,20 @@ class TreeShape:
         lies deeper than n.
         """
         return TreeShape(
-            min(num_nodes + 1, self.total_tokens), min(num_nodes - 1, self.depth), self.top_k
+            min(num_nodes + 1, self.total_tokens), self.levels_for(num_nodes), self.top_k
         )
+
+    def levels_for(self, num_nodes: int) -> int:
+        """Expansions that the first ``num_nodes`` nodes (at least 1) can need, see `cut`."""
+        return min(num_nodes - 1, self.depth)
+
+    def shallower(self, depth: int) -> "TreeShape":
+        """Of a tree with ``depth`` expansions and as many of this one's nodes as it proposes.
+
+        Its first ``depth + 1`` nodes are those of this shape, and all of them for the same depth.
+        """
+        most = self.top_k + depth * self.top_k**2 + 1
+        return TreeShape(min(self.total_tokens, most), depth, self.top_k)
 
 
 class ExpandFn(Protocol):

@@ -87,11 +87,14 @@ class TreeStore:
 
         Args:
             slots: ``[R]`` int64.
-            drafted: ``[R, T - 1]`` int64 their nodes' tokens, written in place.
+            drafted: ``[R, T - 1]`` int64 their nodes' tokens, written in place; fewer where the
+                trees just put are smaller.
             as_chain: ``[R]`` bool, the requests to turn.
         """
         tokens = torch.nn.functional.pad(drafted, (1, 0))  # roots stay where they are
-        relations = (self.parents[slots], self.depths[slots], self.ancestors[slots])
+        relations = (
+            x[slots, : tokens.shape[1]] for x in (self.parents, self.depths, self.ancestors)
+        )
         tree = lay_out_chains(DraftTree(tokens, *relations), as_chain)
         self.put(slots, tree)
         drafted.copy_(tree.tokens[:, 1:])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 
 from tests.common.cuda_graphs import sabotage
+from tests.common.cuda_graphs.adaptive import adaptive_verification
 from tests.common.cuda_graphs.engines import replays
-from tests.common.fp32_engine import acceptance, counted, forced_async_scheduling, open_engine
+from tests.common.fp32_engine import (
+    acceptance,
+    counted,
+    forced_async_scheduling,
+    open_engine,
+    scheduler_of,
+)
 from tests.common.lossless import demo_requests
 
 # At most 6 at a time come and go; the cache has room for them, and prompts are cut in chunks.
@@ -70,6 +78,25 @@ def profiled_rows(model_runner: Any) -> int:
     return max(seen)
 
 
+@contextmanager
+def scheduled_drafts(engine: Any) -> Iterator[dict[str, list[int]]]:
+    """How many drafts each request has in each of its decoding steps inside, by request."""
+    scheduler, found = scheduler_of(engine), {}
+    schedule = scheduler.schedule
+
+    def noted(*args: Any) -> Any:
+        output = schedule(*args)
+        for req_id, tokens in output.num_scheduled_tokens.items():
+            drafts = len(output.scheduled_spec_decode_tokens.get(req_id, ()))
+            steps = found.setdefault(req_id.split("-")[0], [])  # as the caller knows it
+            if tokens == 1 + drafts:
+                steps.append(drafts)
+        return output
+
+    with mock.patch.object(scheduler, "schedule", noted):
+        yield found
+
+
 def graph_answers(
     *,
     runner: str,
@@ -84,6 +111,8 @@ def graph_answers(
     sampled: bool = False,
     logits_bytes: int | None = None,
     schedule: list[list[int]] | None = None,
+    own: list[list[tuple[str, Any]]] | None = None,
+    free_rows: int | None = None,
     options: dict[str, Any] | None = None,
     profile: bool = False,
 ) -> dict[str, Any]:
@@ -103,6 +132,8 @@ def graph_answers(
         sampled: at temperature 1 with a seed each.
         logits_bytes: room for the logits of a tree's level; the less, the fewer requests at once.
         schedule: drafted tokens by batch size, see `open_engine`.
+        own: what requests say about their own drafts, in turn (``extra_args``).
+        free_rows: verify adaptively, see `adaptive_verification`; None for all drafts.
         options: of the engine, over `OPTIONS`.
         profile: run vLLM's memory profile once more, and look.
     """
@@ -115,6 +146,7 @@ def graph_answers(
             seed=i if sampled else None,
             max_tokens=request.max_tokens,
             ignore_eos=True,
+            extra_args=dict(own[i % len(own)]) if own else None,
         )
         for i, request in enumerate(asked)
     ]
@@ -122,13 +154,18 @@ def graph_answers(
         from vllm_msd.tree import grow
 
         grow.LOGITS_BYTES = logits_bytes  # of this process
-    settings = {**OPTIONS, **(options or {})}
-    with forced_async_scheduling() if async_scheduling else nullcontext():
-        engine = open_engine(target, draft, spec_tokens, tree=tree, schedule=schedule, **settings)
-    model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
-    if bug is not None:
-        getattr(sabotage, bug)(model_runner)
-    outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
+    settings = {**OPTIONS, **(options or {}), "adaptive": free_rows is not None}
+    watching = adaptive_verification(free_rows) if free_rows else nullcontext([])
+    with watching as budgets:
+        with forced_async_scheduling() if async_scheduling else nullcontext():
+            engine = open_engine(
+                target, draft, spec_tokens, tree=tree, schedule=schedule, **settings
+            )
+        model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+        if bug is not None:
+            getattr(sabotage, bug)(model_runner)
+        with scheduled_drafts(engine) as drafts:
+            outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
     return {
         "speculator": type(model_runner.speculator).__name__,
         "requests_at_once": getattr(model_runner.speculator, "requests_at_once", None),
@@ -136,6 +173,8 @@ def graph_answers(
         "memory": drafting_memory(model_runner),
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
+        "budgets": [[budget, own.tolist()] for budget, own in budgets],
+        "drafts": [drafts[output.request_id] for output in outputs],
         "replays": replays(engine),
         "launches": launches_of_a_round(model_runner),
     }

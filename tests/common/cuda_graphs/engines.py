@@ -66,12 +66,16 @@ def replays(engine: Any) -> dict[str, dict[str, int]]:
     }
     return {
         name: {
-            f"{desc.num_reqs} requests, {desc.num_tokens} rows": graph.replays
+            f"{desc.num_reqs} requests, {desc.num_tokens} rows{_levels(desc)}": graph.replays
             for desc, graph in manager.graphs.items()
         }
         for name, manager in managers.items()
         if manager is not None
     }
+
+
+def _levels(desc: Any) -> str:
+    return f", {desc.levels} levels" if hasattr(desc, "levels") else ""
 
 
 @contextmanager

@@ -18,12 +18,20 @@ from tests.common.lossless import demo_requests
 
 
 def steps_of(
-    target: str, draft: str | None, requests: int = 2, longest: int = 8, **speculation: Any
+    target: str,
+    draft: str | None,
+    requests: int = 2,
+    longest: int | list[int] = 8,
+    **speculation: Any,
 ) -> list[Step]:
-    """The steps in which one engine answers some requests, the prompts' included."""
+    """The steps in which one engine answers some requests, the prompts' included.
+
+    ``longest``: tokens of all answers, or of each.
+    """
     from vllm import SamplingParams
 
-    asked = demo_requests(target, requests, [longest], seed=50_000)
+    lengths = [longest] if isinstance(longest, int) else longest
+    asked = demo_requests(target, requests, lengths, seed=50_000)
     params = [
         SamplingParams(temperature=0, max_tokens=r.max_tokens, ignore_eos=True) for r in asked
     ]
@@ -70,6 +78,35 @@ def step_operations(
             register()
         found = steps_of(target, draft)
     return {"steps": [step.names() for step in found], "ours": [step.ours() for step in found]}
+
+
+def launches_by_batch(
+    *, runner: str, target: str, draft: str, speculation: dict[str, Any], lengths: list[int]
+) -> list[dict[str, Any]]:
+    """What each step of a shrinking batch launches, its CUDA graphs emulated.
+
+    Args:
+        runner: ``v2``.
+        target, draft: folders.
+        speculation: further arguments of `fp32_engine.open_engine`.
+        lengths: of the requests' answers; all begin at once.
+
+    Returns:
+        of each step: ``requests``, ``rows``, ``drafted``, launches ``outside`` graphs, and in each
+        of the ``graphs`` replayed.
+    """
+    with engines.gpu_wiring("FULL_DECODE_ONLY"):
+        found = steps_of(target, draft, requests=len(lengths), longest=lengths, **speculation)
+    return [
+        {
+            "requests": step.requests,
+            "rows": step.rows,
+            "drafted": step.drafted,
+            "outside": len(step.outside),
+            "graphs": [len(graph) for graph in step.replays],
+        }
+        for step in found
+    ]
 
 
 def count_launches(

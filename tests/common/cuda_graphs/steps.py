@@ -17,8 +17,14 @@ OURS = ("/vllm_msd/", "/kernels/")
 
 @dataclass
 class Step:
-    """One step. ``outside``: launches that Python issues; ``replays``: what each graph launches."""
+    """One step. ``outside``: launches that Python issues; ``replays``: what each graph launches.
 
+    ``requests`` and ``rows`` that it has, and how many of those are ``drafted`` tokens.
+    """
+
+    requests: int = 0
+    rows: int = 0
+    drafted: int = 0
     outside: list[Launch] = field(default_factory=list)
     replays: list[list[Launch]] = field(default_factory=list)
 
@@ -58,7 +64,15 @@ def watched_steps(model_runner: Any) -> Iterator[list[Step]]:
     def recorded(call: Any, begins: bool) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             if begins:
-                steps.append(Step())
+                order = args[0]
+                drafts = order.scheduled_spec_decode_tokens.values()
+                steps.append(
+                    Step(
+                        len(order.num_scheduled_tokens),
+                        order.total_num_scheduled_tokens,
+                        sum(map(len, drafts)),
+                    )
+                )
             recording = EmulatedCUDAGraph()
             EmulatedCUDAGraph.current = recording
             try:

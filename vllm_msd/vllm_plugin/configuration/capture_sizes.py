@@ -1,15 +1,18 @@
 """Sizes of CUDA graphs for trees: a request has a row for each node, so batches are large in rows.
 
-vLLM's own sizes end at 512 rows (1,024 on Blackwell), which is 8 requests of 61.
+vLLM's own sizes end at 512 rows (1,024 on Blackwell), which is 8 requests of 61. And where a
+schedule gives requests different numbers of rows, it looks for a batch's graph among those of the
+next number of rows alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_msd.vllm_plugin.configuration.tree_settings import wants_trees
+from vllm_msd.vllm_plugin.configuration.tree_settings import is_msd_config, wants_trees
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -20,20 +23,25 @@ REQUESTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 MAX_ROWS = 2048
 
 
-def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
-    """Rows that a decoding request may have, and the most requests that run with so many.
-
-    That is a row more than its drafted tokens: one number, or those of the schedule.
-    """
+def drafted_by_requests(vllm_config: VllmConfig) -> dict[int, int]:
+    """Tokens that a step drafts, by its number of requests: one number, or those of a schedule."""
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     config, most = vllm_config.speculative_config, vllm_config.num_speculative_tokens
     largest = vllm_config.scheduler_config.max_num_seqs
     schedule = config.num_speculative_tokens_per_batch_size
     if not schedule:
-        return {most + 1: largest}
+        return dict.fromkeys(range(1, largest + 1), most)
     tokens = build_dynamic_sd_schedule_lookup(schedule, largest, most)
-    return {tokens[batch] + 1: batch for batch in range(1, largest + 1)}
+    return {batch: tokens[batch] for batch in range(1, largest + 1)}
+
+
+def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
+    """Rows that a decoding request may have, and the most requests that run with so many.
+
+    That is a row more than its drafted tokens.
+    """
+    return {drafted + 1: batch for batch, drafted in drafted_by_requests(vllm_config).items()}
 
 
 def tree_capture_sizes(by_rows: dict[int, int], max_rows: int) -> set[int]:
@@ -69,3 +77,47 @@ def wrap_set_cudagraph_sizes(original: Callable[[Any], None]) -> Callable[[Any],
         compilation.max_cudagraph_capture_size = max(*sizes, *added)
 
     return set_cudagraph_sizes
+
+
+def wrap_init_candidates(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Replacement of ``CudaGraphManager._init_candidates``."""
+
+    @functools.wraps(original)
+    def init_candidates(self: Any) -> None:
+        original(self)
+        config = self.vllm_config.speculative_config
+        if is_msd_config(config) and config.num_speculative_tokens_per_batch_size:
+            add_larger_graphs(self._candidates, self._capture_descs)
+
+    return init_candidates
+
+
+def add_larger_graphs(
+    candidates: Mapping[tuple[int, int], list[Any]], captured: Mapping[Any, list[Any]]
+) -> None:
+    """Let a batch whose requests have equally many rows pad the next graph of such requests.
+
+    With graphs of 2 and of 6 requests with 3 rows, and of one with 17, a batch of 4 with 3 finds
+    that of 17 rows as the next larger one, which is not its own, and would run eagerly.
+
+    Args:
+        candidates: descriptions of graphs by number of rows and of adapters, in the order in which
+            they are tried; graphs of equally many rows a request are added behind those found, and
+            before graphs of any rows.
+        captured: all descriptions, by mode.
+    """
+    by_kind: dict[tuple[int, int], list[Any]] = {}
+    for desc in (desc for descs in captured.values() for desc in descs):
+        if desc.uniform_token_count is not None and desc.num_ubatches == 1:
+            kind = desc.num_active_loras, desc.uniform_token_count
+            by_kind.setdefault(kind, []).append(desc)
+    for descs in by_kind.values():
+        descs.sort(key=lambda desc: desc.num_tokens)
+    for (num_tokens, loras), found in candidates.items():
+        larger = []
+        for (with_loras, _), descs in by_kind.items():
+            place = bisect_left([desc.num_tokens for desc in descs], num_tokens)
+            if with_loras == loras and place < len(descs) and descs[place] not in found:
+                larger.append(descs[place])
+        uniform = [desc for desc in found if desc.uniform_token_count is not None]
+        found[:] = [*uniform, *larger, *(desc for desc in found if desc not in uniform)]

@@ -20,12 +20,7 @@ from vllm_msd.budget import AUTO
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin import METHOD
 from vllm_msd.vllm_plugin.configuration import guards, resolve, values
-from vllm_msd.vllm_plugin.configuration.auto_sizes import (
-    auto_shapes,
-    is_auto,
-    runs_v1_on_cpu,
-    settings_of,
-)
+from vllm_msd.vllm_plugin.configuration.auto_sizes import auto_shapes, is_auto, settings_of
 from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
 from vllm_msd.vllm_plugin.configuration.tree_backend import tree_attention_backend
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
@@ -147,7 +142,6 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
             max_position_embeddings=target_model_config.max_model_len,
             tree=tree,
             auto=shapes,
-            heeds_requests=runs_v1_on_cpu(),
         )
         with _arguments(self, vllm_request), _draft_config(hf_config):
             try:

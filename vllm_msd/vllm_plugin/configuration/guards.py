@@ -39,7 +39,8 @@ KEYS = frozenset(
         "synthetic_acceptance_rates", "synthetic_acceptance_length",
         "disable_padded_drafter_batch", "disable_eagle_block_drop",
         "disable_lookahead_block_hashes", "use_local_argmax_reduction",
-        "num_speculative_tokens_per_batch_size",
+        "num_speculative_tokens_per_batch_size", "enable_adaptive_verification",
+        "draft_lm_head_quantization",
     }
 )  # fmt: skip
 # Ours: how deep and wide the tree is that num_speculative_tokens nodes are chosen from.
@@ -153,6 +154,12 @@ def check_engine(
             f"tree_top_k: got {tree.top_k}, expected at most {draft.draft_vocab_size}, the tokens "
             "that the draft proposes at all (its draft_vocab_size)."
         )
+    if draft.draft_vocab_size is not None and request.get("draft_lm_head_quantization"):
+        raise ConfigError(
+            "draft_lm_head_quantization does not work with a draft vocabulary: vLLM quantizes a "
+            "copy of the target's whole head, and this draft takes "
+            f"{draft.draft_vocab_size} rows of it. Leave it out, or serve a draft without one."
+        )
     if not tree.is_chain:
         check_tree(tree, engine_args, request, target, parallel)
     return tree
@@ -178,6 +185,12 @@ def check_tree(
                 f"{name}={value!r} does not work with a draft tree, whose nodes are the draft's "
                 f"most likely tokens and are accepted exactly. Only {only!r} does. {chain}"
             )
+    if request.get("enable_adaptive_verification"):
+        raise ConfigError(
+            "enable_adaptive_verification does not work with a draft tree: vLLM estimates how "
+            "likely each token of a chain is accepted, and cuts chains by that on the device. "
+            "Leave it out, or draft a chain: set tree_top_k to 1."
+        )
     if target.get_sliding_window() is not None:
         raise ConfigError(
             "this target's attention has a sliding window, which counts rows; a tree's rows are "

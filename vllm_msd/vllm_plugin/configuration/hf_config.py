@@ -31,7 +31,6 @@ def build_draft_hf_config(
     max_position_embeddings: int,
     tree: TreeConfig,
     auto: Sequence[TreeConfig] = (),
-    heeds_requests: bool = False,
 ) -> PreTrainedConfig:
     """Build the Llama or Qwen2 config of one draft.
 
@@ -45,7 +44,6 @@ def build_draft_hf_config(
         tree: size of the trees (or chains) to draft; kept as `msd_tree_depth` and `msd_tree_top_k`.
         auto: the shapes that the engine chooses from, none where `tree` is fixed; kept as
             `msd_auto`, a list of numbers each.
-        heeds_requests: whether the engine looks at what single requests say about their drafts.
 
     Returns:
         a LlamaConfig (`layer_type` llama) or Qwen2Config (qwen2).
@@ -71,6 +69,5 @@ def build_draft_hf_config(
     )
     config.msd_draft = draft.to_dict()
     config.msd_tree_depth, config.msd_tree_top_k = tree.depth, tree.top_k
-    config.msd_heeds_requests = heeds_requests
     config.msd_auto = [list(astuple(shape)) for shape in auto]
     return config

@@ -32,19 +32,3 @@ def node_limit(params: SamplingParams | None) -> int | None:
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
         raise ConfigError(f"{MOST}: got {most!r}, expected a whole number from 0 on.")
     return most if switch else 0
-
-
-def check(params: SamplingParams, are_heeded: bool) -> None:
-    """Refuse a request that an engine cannot serve as it says.
-
-    Args:
-        params: of the request.
-        are_heeded: whether this engine looks at what requests say.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    if node_limit(params) is not None and not are_heeded:
-        raise ConfigError(
-            f"{SWITCH} and {MOST} of a request need Model Runner V1, on a CPU. Leave them out."
-        )

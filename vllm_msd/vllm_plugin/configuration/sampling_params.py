@@ -11,12 +11,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.vllm_plugin.configuration import request_options
-from vllm_msd.vllm_plugin.configuration.tree_settings import (
-    drafts_trees,
-    heeds_requests,
-    is_msd_config,
-)
+from vllm_msd.vllm_plugin.configuration.request_options import node_limit
+from vllm_msd.vllm_plugin.configuration.tree_settings import drafts_trees, is_msd_config
 
 
 def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +22,7 @@ def wrap_validate_spec_decode(original: Callable[..., None]) -> Callable[..., No
     def validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if is_msd_config(speculative_config):
             try:
-                request_options.check(self, heeds_requests(speculative_config))
+                node_limit(self)
             except ConfigError as error:  # the error that servers answer with 400
                 raise VLLMValidationError(str(error)) from error
         if not drafts_trees(speculative_config):

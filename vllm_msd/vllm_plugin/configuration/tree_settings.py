@@ -33,11 +33,6 @@ def is_msd_config(speculative_config: SpeculativeConfig | None) -> bool:
     return hasattr(getattr(draft, "hf_config", None), "msd_draft")
 
 
-def heeds_requests(speculative_config: SpeculativeConfig) -> bool:
-    """Whether an MSD engine looks at what single requests say about their drafts."""
-    return speculative_config.draft_model_config.hf_config.msd_heeds_requests
-
-
 def wants_trees(vllm_config: VllmConfig) -> bool:
     """Whether this engine speculates with MSD and drafts trees."""
     return drafts_trees(vllm_config.speculative_config)

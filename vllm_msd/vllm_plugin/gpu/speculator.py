@@ -1,14 +1,12 @@
 """Model Runner V2: drafts a tree for each request instead of a chain.
 
 The draft's prefill is vLLM's own, on rows moved along the accepted path; where all requests
-verified a tree, it is a compact one (`compact_prefill`). All levels after it are one CUDA graph for
-each number of requests, where the target decodes in graphs. (The file is long for the signatures of
-the methods it overrides; what they share is one set of buffers.)
+verified a tree, it is a compact one (`compact_prefill`). The levels after it are in
+`drafting_round`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +14,9 @@ from torch import nn
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
@@ -30,19 +25,18 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_msd.errors import ConfigError
-from vllm_msd.kernels import DraftPlace, LevelInputs
 from vllm_msd.roofline.scratch import float_rows, verification_rows
-from vllm_msd.tree import TreeRows
-from vllm_msd.tree.fused import GrowthBuffers, grow_tree_fused
+from vllm_msd.tree.fused import GrowthBuffers
+from vllm_msd.vllm_plugin.configuration.capture_sizes import drafted_by_requests
 from vllm_msd.vllm_plugin.configuration.tree_settings import requests_at_once, tree_config
 from vllm_msd.vllm_plugin.gpu.backend import provide_workspace, register_attention, reserve_kv
 from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
 from vllm_msd.vllm_plugin.gpu.compact_prefill import CompactPrefill
+from vllm_msd.vllm_plugin.gpu.drafting_round import DraftingRound
 from vllm_msd.vllm_plugin.gpu.head import DraftHead
 from vllm_msd.vllm_plugin.gpu.model_state import TreeModelState
 from vllm_msd.vllm_plugin.gpu.tree_graphs import TreeCudaGraphManager
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
-from vllm_msd.vllm_plugin.trees.attention import attach
 
 
 class TreeSpeculator(ChainSpeculator):
@@ -71,7 +65,7 @@ class TreeSpeculator(ChainSpeculator):
         self.block_table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         self.kv_slots = torch.full((self.max_num_tokens,), -1, dtype=torch.int64, device=device)
         self.block_size = 1
-        self.compact = CompactPrefill(self)
+        self.compact, self.round = CompactPrefill(self), DraftingRound(self)
         # An attribute beside vLLM's own, so that vLLM finds it when it measures graphs' memory.
         self.compact_cudagraph_manager: TreeCudaGraphManager | None = None
 
@@ -130,8 +124,10 @@ class TreeSpeculator(ChainSpeculator):
             cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         ):
             mode = CUDAGraphMode.FULL_DECODE_ONLY
+        drafted = drafted_by_requests(self.vllm_config)
+        levels = {n: self.shape.levels_for(nodes) for n, nodes in drafted.items() if nodes}
         self.decode_cudagraph_manager = TreeCudaGraphManager(
-            self.vllm_config, self.device, mode, self.shape.top_k
+            self.vllm_config, self.device, mode, self.shape.top_k, levels
         )
         self.compact_cudagraph_manager = TreeCudaGraphManager(
             self.vllm_config, self.device, mode, self.compact.width
@@ -174,9 +170,12 @@ class TreeSpeculator(ChainSpeculator):
     ) -> torch.Tensor:
         """Draft a tree for each request of the batch.
 
+        A schedule asks for fewer nodes in some steps: no more levels are drafted than their tree
+        can have, and none where it asks for no nodes.
+
         Returns:
-            ``[R, num_speculative_tokens]`` int64, the nodes' tokens; their parents go to the
-            store.
+            ``[R, n]`` int64 for all n nodes of a whole tree, the nodes' tokens; their parents go to
+            the store. The nodes asked for come first.
         """
         num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping
         if not dummy_run and num_speculative_tokens != 0 and self.compact.fits(input_batch):
@@ -205,8 +204,12 @@ class TreeSpeculator(ChainSpeculator):
             )
             if num_speculative_tokens == 0:
                 return drafts
-        self._draft(
+        shape = self.shape
+        if num_speculative_tokens is not None:
+            shape = shape.shallower(shape.levels_for(num_speculative_tokens))
+        self.round.run(
             num_reqs,
+            shape.depth,
             input_batch.seq_lens_cpu_upper_bound[:num_reqs],
             with_attention=not (dummy_run and skip_attn_for_dummy_run),
             eager=is_profile,
@@ -217,15 +220,9 @@ class TreeSpeculator(ChainSpeculator):
             as_chain = self.model_state.as_chain[input_batch.idx_mapping_np]
             if as_chain.any():
                 turn = async_tensor_h2d(as_chain, device=self.device)
-                self.model_state.store.turn_into_chains(slots, self.draft_tokens[:num_reqs], turn)
+                drafted = self.draft_tokens[:num_reqs, : shape.total_tokens - 1]
+                self.model_state.store.turn_into_chains(slots, drafted, turn)
         return self.draft_tokens[:num_reqs]
-
-    def grow_for_nobody(self) -> None:
-        """Launch every kernel of a drafting round, for a padding request and without attention."""
-        self.idx_mapping[:1].fill_(-1)
-        self._set_query_starts(1)
-        self._keep_roots(1)
-        self._grow(slice(0, 1), None, None)
 
     def _profile_verification(self, hidden: torch.Tensor) -> None:
         """Take the memory of the largest verification's logits, for vLLM's profile to see.
@@ -240,40 +237,6 @@ class TreeSpeculator(ChainSpeculator):
         logits = self.target_logits(hidden[:rows])
         logits[: float_rows(rows, nodes, logits.shape[1])].float()
 
-    def _draft(
-        self, num_reqs: int, seq_lens_cpu: torch.Tensor, with_attention: bool, eager: bool
-    ) -> None:
-        """Grow trees from what the draft's prefill left in the buffers, by a graph if there is one.
-
-        Args:
-            num_reqs: R.
-            seq_lens_cpu: ``[R]`` int32 on the host, at least the requests' lengths.
-            with_attention: False in the memory profile, where there is no KV cache yet.
-            eager: True where no graph may be used.
-        """
-        k, step = self.shape.top_k, self.requests_at_once
-        if num_reqs <= step and with_attention and not eager:
-            self._set_query_starts(num_reqs)
-            desc = self.decode_cudagraph_manager.dispatch(num_reqs, num_reqs * k, k, 0)
-            if desc.cg_mode == CUDAGraphMode.FULL:
-                self.refresh_block_tables()
-                self.decode_cudagraph_manager.run_fullgraph(desc)
-                return
-        longest = int(seq_lens_cpu.max()) + self.shape.depth * k
-        self.draft_max_seq_len = min(longest, self.max_model_len)
-        self._keep_roots(num_reqs)
-        for begin in range(0, num_reqs, step):
-            chosen = slice(begin, min(begin + step, num_reqs))
-            count = chosen.stop - begin
-            self._set_query_starts(count)
-            if not with_attention:
-                self._grow(chosen, None, None)
-                continue
-            if num_reqs > step:
-                self.block_tables.gather_block_tables(self.idx_mapping[chosen], count)
-            metadata_of = self._fresh_metadata(count, seq_lens_cpu[chosen])
-            self._grow(chosen, self._slot_mappings(count), metadata_of)
-
     def refresh_block_tables(self) -> None:
         """Bring up to date what the draft's graphs read of the batch's block tables."""
         for groups in self.attn_groups:
@@ -281,44 +244,6 @@ class TreeSpeculator(ChainSpeculator):
                 group.map_to_kernel_block_table(
                     self.block_tables.input_block_tables[group.kv_cache_group_id]
                 )
-
-    def _set_query_starts(self, num_reqs: int) -> None:
-        """``query_start_loc`` of a level; the padding requests of a graph get no rows."""
-        torch.clamp(
-            self.query_starts,
-            max=num_reqs * self.shape.top_k,
-            out=self.input_buffers.query_start_loc,
-        )
-
-    def _keep_roots(self, num_reqs: int) -> None:
-        """Move what the draft's prefill left out of the way of the levels' rows."""
-        torch.add(self.input_buffers.positions[:num_reqs], 1, out=self.first[:num_reqs])
-        self.root_hidden[:num_reqs].copy_(self.hidden_states[:num_reqs])
-        # The levels' rows are text, whatever the prefill's were.
-        self.model.is_visual.zero_()
-
-    def _slot_mappings(self, num_reqs: int) -> dict[str, torch.Tensor]:
-        """KV slots of a level's rows by layer, views of vLLM's buffer."""
-        num_rows = num_reqs * self.shape.top_k
-        return build_slot_mappings_by_layer(
-            self.block_tables.slot_mappings[:, :num_rows], self.kv_cache_config
-        )
-
-    def _fresh_metadata(
-        self, num_reqs: int, seq_lens_cpu: torch.Tensor
-    ) -> Callable[[int], dict[str, Any]]:
-        """Attention metadata of each level, built on the host."""
-        k = self.shape.top_k
-        desc = BatchExecutionDescriptor(
-            cg_mode=CUDAGraphMode.NONE, num_tokens=num_reqs * k, num_reqs=num_reqs
-        )
-
-        def build(level: int) -> dict[str, Any]:
-            return self._build_uniform_attn_metadata(
-                desc, num_reqs, k, seq_lens_cpu, (level + 1) * k
-            )
-
-        return build
 
     @override
     def _generate_fused_drafts(
@@ -331,86 +256,12 @@ class TreeSpeculator(ChainSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode,
         num_speculative_steps: int = 0,
     ) -> None:
-        """What vLLM captures: all levels, over one metadata object.
+        """What vLLM captures: ``num_speculative_steps`` levels, over one metadata object.
 
         What the parent of our attention prepares on the device is not brought up to date: every row
         of a level is in a tree, and takes the tree kernel.
         """
-        self._keep_roots(num_reqs)
-        self._grow(slice(0, num_reqs), slot_mappings, lambda level: attn_metadata)
-
-    def _grow(
-        self,
-        chosen: slice,
-        slot_mappings: dict[str, torch.Tensor] | None,
-        metadata_of: Callable[[int], dict[str, Any]] | None,
-    ) -> None:
-        """Grow the trees of some requests; writes `draft_tokens` and the store.
-
-        Reads the roots' buffers, `idx_mapping`, ``query_start_loc`` and the block tables. Nothing
-        here is read on the host, so a CUDA graph can be made of it.
-
-        Args:
-            chosen: which requests of the batch, a graph's padding included.
-            slot_mappings: by layer, of a level's rows; None without attention.
-            metadata_of: a level's attention metadata, once its rows are in their buffers.
-        """
-        inputs, store = self.input_buffers, self.model_state.store
-        place = DraftPlace(
-            self.first[chosen],
-            self.idx_mapping[chosen],
-            self.block_table,
-            self.block_size,
-            self.max_model_len,
+        self.round.keep_roots(num_reqs)
+        self.round.grow(
+            slice(0, num_reqs), num_speculative_steps, slot_mappings, lambda level: attn_metadata
         )
-        rows = LevelInputs(
-            inputs.input_ids, inputs.positions, self.kv_slots, inputs.seq_lens, self.hidden_states
-        )
-        tree: TreeRows | None = None
-
-        def expand(
-            level: int, ancestors: torch.Tensor, tree_start: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            nonlocal tree
-            metadata = None
-            if metadata_of is not None:
-                tree = TreeRows(tree_start, ancestors, is_draft=True, older=tree)
-                metadata = metadata_of(level)
-                attach(metadata, tree)
-            hidden = self._run_level(len(ancestors), metadata, slot_mappings)
-            return self.head(hidden), hidden
-
-        root_hidden = self.root_hidden[chosen]
-        grow_tree_fused(
-            self.head(root_hidden),
-            root_hidden,
-            expand,
-            self.buffers,
-            rows,
-            place,
-            (store.parents, store.depths, store.ancestors),
-            self.draft_tokens[chosen],
-            self.head.vocabulary,
-        )
-
-    def _run_level(
-        self,
-        num_rows: int,
-        metadata: dict[str, Any] | None,
-        slot_mappings: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The draft's output ``[rows, H]`` for the rows in the buffers, all of them text."""
-        with set_forward_context(
-            metadata,
-            self.vllm_config,
-            num_tokens=num_rows,
-            slot_mapping=slot_mappings,
-            batch_descriptor=BatchDescriptor(num_tokens=num_rows),
-        ):
-            _, hidden = self.model(
-                input_ids=None,
-                positions=self.input_buffers.positions[:num_rows],
-                hidden_states=self.hidden_states[:num_rows],
-                inputs_embeds=self.model.embed_drafted(self.input_buffers.input_ids[:num_rows]),
-            )
-        return hidden

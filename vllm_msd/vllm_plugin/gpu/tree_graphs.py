@@ -1,11 +1,15 @@
-"""CUDA graphs of whole drafting rounds: one for each number of requests."""
+"""CUDA graphs of whole drafting rounds: one for each number of requests and of levels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from typing_extensions import override
+from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import round_up
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -16,12 +20,38 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from vllm_msd.vllm_plugin.configuration.capture_sizes import requests_by_rows
 
 
+@dataclass(frozen=True)
+class RoundDescriptor(BatchExecutionDescriptor):
+    """A graph of a drafting round. ``levels``: how many are fed to the draft."""
+
+    levels: int = 0
+
+
 class TreeCudaGraphManager(SpeculatorCudaGraphManager):
-    """Captures all levels of R requests in one graph, for each R that the target has a graph of.
+    """Captures a pass over R requests in one graph, for each R that the target has a graph of.
 
     So after a replay of the target's, one of these fits. A smaller batch pads the next larger one.
-    ``decode_query_len`` is the width of a level.
+    ``decode_query_len`` is how many rows a request has.
+
+    With ``levels`` the pass is a whole drafting round, of as many levels as a batch of so many
+    requests asks for: it is handed them as ``num_speculative_steps``. A graph is captured for each
+    number that a batch which it takes can ask for, mostly one.
+
+    Args:
+        levels: by number of requests, those that draft nothing left out; None for a pass that
+            knows no levels.
     """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        cudagraph_mode: CUDAGraphMode,
+        decode_query_len: int,
+        levels: Mapping[int, int] | None = None,
+    ) -> None:
+        self.levels = levels
+        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
 
     @override
     def _init_candidates(self) -> None:
@@ -38,23 +68,49 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
                 if (r := round_up(s, rows)) <= min(self.max_num_reqs * rows, limit)
             }
         )
-        descs = [
-            BatchExecutionDescriptor(
+        descs: list[BatchExecutionDescriptor] = []
+        smaller = 0
+        for n in counts:
+            desc = BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.FULL,
                 num_tokens=n * width,
                 num_reqs=n,
                 uniform_token_count=width,
             )
-            for n in counts
-        ]
-        self._capture_descs = {CUDAGraphMode.FULL: descs[::-1]} if descs else {}
-        smaller = 0
-        for desc in descs:
-            for num_tokens in range(smaller + 1, desc.num_tokens + 1):
+            for num_tokens in range(smaller * width + 1, desc.num_tokens + 1):
                 self._candidates[(num_tokens, 0)] = [desc]
-            smaller = desc.num_tokens
+            if self.levels is None:
+                descs.append(desc)
+            else:
+                asked = {self.levels.get(batch) for batch in range(smaller + 1, n + 1)} - {None}
+                descs += [RoundDescriptor(**vars(desc), levels=x) for x in sorted(asked)]
+            smaller = n
+        self._capture_descs = {CUDAGraphMode.FULL: descs[::-1]} if descs else {}
+
+    def of_round(self, num_reqs: int, levels: int) -> BatchExecutionDescriptor:
+        """What `run_fullgraph` takes for a round; of mode NONE where there is no such graph."""
+        width = self.decode_query_len
+        desc = self.dispatch(num_reqs, num_reqs * width, width, 0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return desc
+        found = RoundDescriptor(**vars(desc), levels=levels)
+        if found in self.graphs:
+            return found
+        return BatchExecutionDescriptor(CUDAGraphMode.NONE, desc.num_tokens, num_reqs)
 
     @override
     def capture(self, forward_fn: Callable, *args: Any, **kwargs: Any) -> None:
-        """A round is the same for every number of nodes that is verified of its trees."""
-        super().capture(forward_fn, *args, **{**kwargs, "specialize_spec_tokens": False})
+        """vLLM's own numbers of drafted tokens make no difference here, levels do."""
+        kwargs["specialize_spec_tokens"] = False
+        if self.levels is None:
+            super().capture(forward_fn, *args, **kwargs)
+            return
+        every = self._capture_descs
+        descs = every.get(CUDAGraphMode.FULL, [])
+        try:
+            for levels in sorted({desc.levels for desc in descs}, reverse=True):
+                chosen = [desc for desc in descs if desc.levels == levels]
+                self._capture_descs = {CUDAGraphMode.FULL: chosen}
+                super().capture(partial(forward_fn, num_speculative_steps=levels), *args, **kwargs)
+        finally:
+            self._capture_descs = every

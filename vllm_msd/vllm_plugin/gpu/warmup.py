@@ -57,7 +57,7 @@ class TreeKernels(VllmJitKernel[Key]):
         speculator, state = self.runner.speculator, self.runner.model_state
         return {
             # Top-k and its merge, a beam step at the root, below and at the end, and reranking.
-            ("growing",): speculator.grow_for_nobody,
+            ("growing",): speculator.round.for_nobody,
             ("placing",): state.place_for_nobody,
             ("compact prefill",): speculator.compact.for_nobody,
             ("accepting",): lambda: _accept_nothing(state.store),

@@ -66,6 +66,19 @@ PATCHES: tuple[Patch, ...] = (
         used_as=(("vllm.config.vllm", "self._set_cudagraph_sizes()"),),
     ),
     Patch(
+        name="schedule-graphs",
+        target="vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
+        make="vllm_msd.vllm_plugin.configuration.capture_sizes:wrap_init_candidates",
+        what="With a schedule of drafted tokens, lets a batch pad the next graph of requests with "
+        "as many rows as its own have.",
+        why="vLLM looks at graphs of the next number of rows alone. Where those are for requests "
+        "with other numbers of rows, the step runs eagerly, and a schedule's threshold costs more "
+        "than its rows save.",
+        remove_when="vLLM finds the next graph of a batch's own kind.",
+        used_as=(("vllm.v1.worker.gpu.cudagraph_utils", "self._init_candidates()"),),
+    ),
+    Patch(
         name="v1-drafter",
         target="vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self",)),
@@ -179,6 +192,23 @@ PATCHES: tuple[Patch, ...] = (
         "images when the encoder cache holds only one; 0.33 gives that row the placeholder's "
         "embedding.",
         remove_when="Every supported version ends chunks a row before such an image, and moves on.",
+    ),
+    Patch(
+        name="request-drafts",
+        target="vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "throttle_prefills")),
+        make="vllm_msd.vllm_plugin.request_drafts:wrap_schedule",
+        what="Under Model Runner V2, cuts a request's drafts to what its own `msd` options allow, "
+        "and asks for none where no request of a step wants any.",
+        why="vLLM drafts and verifies the same number for all requests of a step.",
+        remove_when="vLLM lets a request say how many tokens are drafted for it.",
+        used_as=(
+            ("vllm.v1.core.sched.scheduler", "spec_token_ids = request.spec_token_ids"),
+            (
+                "vllm.v1.worker.gpu.model_runner",
+                "num_spec_tokens = self.execute_model_state.num_spec_tokens_to_schedule",
+            ),
+        ),
     ),
     Patch(
         name="sampling-params",
