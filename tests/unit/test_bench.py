@@ -15,7 +15,7 @@ from vllm_msd.bench.drive import Cell, Reply
 from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, percentile, summary
 from vllm_msd.bench.report import render
-from vllm_msd.bench.run import Place, order
+from vllm_msd.bench.run import Place, open_journal, order
 from vllm_msd.bench.serving_file import content, write_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
@@ -201,6 +201,17 @@ def test_arms_take_turns_and_no_cell_is_left_out(apart):
         if apart
         else ["none", "chain", "chain", "auto"]  # of each batch, in the first and second pass
     )
+
+
+def test_only_force_forgets_what_was_measured(tmp_path):
+    with open_journal(tmp_path, {"seed": 0}, force=False) as journal:
+        journal.add(0, 0, seconds=1.0)
+    with open_journal(tmp_path, {"seed": 0}, force=False) as journal:
+        assert journal.resumed == 1
+    with pytest.raises(ConfigError, match="seed: 0, now 5"):
+        open_journal(tmp_path, {"seed": 5}, force=False)
+    with open_journal(tmp_path, {"seed": 0}, force=True) as journal:
+        assert journal.resumed == 0
 
 
 def test_percentiles():

@@ -23,7 +23,7 @@ from vllm_msd.bench.ties import Difference, differences, examine
 from vllm_msd.measure.engine import Engine
 from vllm_msd.provenance import machine, provenance, versions
 from vllm_msd.regenerate.journal import Journal
-from vllm_msd.storage import write_json, write_text
+from vllm_msd.storage import remove, write_json, write_text
 
 RESULT, PAGE = "bench.json", "report.html"
 # Records of the journal that are no cell.
@@ -67,16 +67,28 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
         "requests": len(requests.samples),
     }
     _print_start(settings, requests, models)
-    with Journal(output / RESULT, about, settings.force) as journal:
+    with open_journal(output, about, settings.force) as journal:
         run = Run(settings, models, requests, journal)
         with closing(run):
             run.measure()
             results = run.results()
+        facts["date"] = journal[_IDEAL, 0]["date"]  # of measuring, not of a later page
     found = {**facts, "data": _about(requests), **summary(results)}
     write_json(output / RESULT, found)
     print(closing_table(found), flush=True)
     write_pictures(found, output)
     return found
+
+
+def open_journal(output: Path, about: dict[str, Any], force: bool) -> Journal:
+    """What is measured so far in a folder; nothing of it with ``force``.
+
+    Raises:
+        ConfigError: a run with other settings was begun there, or another process is at it.
+    """
+    if force:
+        remove(output / f"{RESULT}.journal")
+    return Journal(output / RESULT, about)
 
 
 class Run:
@@ -197,7 +209,7 @@ class Run:
             dtype=self._models.dtype,
             max_tokens=self._settings.max_tokens,
         )
-        self._journal.add(_IDEAL, 0, **found)
+        self._journal.add(_IDEAL, 0, date=provenance()["date"], **found)
 
     def results(self) -> Results:
         """All that was measured."""

@@ -115,7 +115,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "custom_image` (.jsonl)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="forget what a run with other settings has measured"
+        "--force",
+        action="store_true",
+        help="forget what was measured into --output, and measure anew",
     )
     parser.set_defaults(func=run_bench)
 
