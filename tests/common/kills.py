@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _HAS_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # asks only; waitpid reads the exit code
@@ -48,15 +48,25 @@ def killed(what: str, kills: int, seed: int, timeout: float = 7200) -> dict[str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class _Ended(NamedTuple):
+    """A run's exit code, None if a kill came first; what it said; how long it took."""
+
+    code: int | None
+    said: str
+    seconds: float
+
+    def length(self, known: float) -> float:
+        """Of a whole run, so that no kill waits for longer than one takes."""
+        return known if self.code is None else min(known, self.seconds)
+
+
 def _run(
     arguments: list[str],
     moment: float | None = None,
     is_due: Callable[[], bool] = lambda: True,
-) -> tuple[int | None, str]:
-    """Run a command in a fork, killed ``moment`` seconds after ``is_due`` has become true.
-
-    Returns its exit code, None if the kill came first, and what it said.
-    """
+) -> _Ended:
+    """Run a command in a fork, killed ``moment`` seconds after ``is_due`` has become true."""
+    started, due = time.monotonic(), None
     said = tempfile.TemporaryFile("w+")  # noqa: SIM115
     child = os.fork()
     if child == 0:
@@ -70,14 +80,17 @@ def _run(
                 said.flush()
         finally:
             os._exit(code)
-    if moment is not None:
-        while not is_due() and not os.waitid(os.P_PID, child, _HAS_ENDED):
-            time.sleep(0.001)
-        time.sleep(moment)
-        os.kill(child, signal.SIGKILL)
+    while moment is not None and not os.waitid(os.P_PID, child, _HAS_ENDED):
+        if due is None and is_due():
+            due = time.monotonic() + moment
+        if due is not None and time.monotonic() >= due:
+            os.kill(child, signal.SIGKILL)
+            break
+        time.sleep(0.001)
     _, status = os.waitpid(child, 0)
     said.seek(0)
-    return (None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), said.read()
+    code = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return _Ended(code, said.read(), time.monotonic() - started)
 
 
 def _train(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
@@ -112,7 +125,8 @@ def _train(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
             break
         name = f"run-{number}"
         moment = rng.uniform(0.0, seconds)
-        code, _ = _run(command(name), moment)
+        ended = _run(command(name), moment)
+        code, seconds = ended.code, ended.length(seconds)
         done = len(_losses(folder / name))
         kinds = (code is not None, not done, done < 12, True)
         met[next(k for k, fits in zip(_MET, kinds, strict=True) if fits)] += 1
@@ -153,7 +167,8 @@ def _convert(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
             config = json.loads((target / "config.json").read_text())
             (target / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
         force = ["--force"] if number % 3 == 2 else []
-        code, _ = _run(["convert", str(source), str(target), *force], rng.uniform(0, seconds))
+        ended = _run(["convert", str(source), str(target), *force], rng.uniform(0, seconds))
+        code, seconds = ended.code, ended.length(seconds)
         if code is not None:
             met["not at all"] += 1
         elif _check_draft(target, source):
@@ -203,11 +218,11 @@ def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
             while True:
                 if rng.random() < 1 / 3:
                     writes = partial(_is_writing, output, 60)
-                    code, said_then = _run(command(output), rng.uniform(0.0, 0.02), writes)
+                    ended = _run(command(output), rng.uniform(0.0, 0.02), writes)
                 else:
-                    code, said_then = _run(command(output), rng.uniform(0.3, 1.0) * seconds)
-                if code is not None:
-                    _expect((code, said_then), f"run {number}")
+                    ended = _run(command(output), rng.uniform(0.3, 1.0) * seconds)
+                if ended.code is not None:
+                    _expect(ended, f"run {number}")
                     met["not at all"] += 1
                     break
                 if output.exists() and output.read_bytes() != expected:
@@ -272,7 +287,8 @@ def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         if sum(met.values()) - met["not at all"] == kills:
             break
         output = folder / f"run-{number}"
-        code, _ = _run(command(output.name), rng.uniform(0.0, seconds))
+        ended = _run(command(output.name), rng.uniform(0.0, seconds))
+        code, seconds = ended.code, ended.length(seconds)
         place = output / vocabulary.COUNTS
         done = json.loads(place.read_text())["done"] if place.is_file() else 0
         kinds = (code is not None, not done, done < 600, True)
@@ -341,9 +357,9 @@ def _losses(run: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-def _expect(result: tuple[int | None, str], what: str) -> None:
-    if result[0] != 0:
-        raise RuntimeError(f"{what}: exit code {result[0]}\n{result[1][-3000:]}")
+def _expect(ended: _Ended, what: str) -> None:
+    if ended.code != 0:
+        raise RuntimeError(f"{what}: exit code {ended.code}\n{ended.said[-3000:]}")
 
 
 def _run_alone(work: Any) -> bool:
