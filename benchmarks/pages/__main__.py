@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import bench, chart, decoding, identity, speed, training
+from . import bench, chart, decoding, identity, real, speed, training
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -22,9 +22,11 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # By document: its parts, each with the file it is made from.
 DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     "README.md": {
+        "benchmarks/results/real.json": real.headline,
         "benchmarks/results/trees.json": decoding.headline,
     },
     "docs/results.md": {
+        "benchmarks/results/real.json": real.real,
         "benchmarks/results/demo.json": decoding.demo,
         "benchmarks/results/trees.json": decoding.trees,
         "benchmarks/results/auto.json": decoding.auto,

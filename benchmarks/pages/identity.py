@@ -5,6 +5,8 @@ from typing import Any
 
 from .tables import shown, source_of_parts, table
 
+PAIRS = {"greedy": "the demo", "real": "the real"}
+
 
 def lossless(name: str, result: dict[str, Any]) -> str:
     """Greedy identity and the distribution of sampled tokens."""
@@ -18,7 +20,8 @@ def lossless(name: str, result: dict[str, Any]) -> str:
                 count = found.get("requests", report["requests"])
                 same = f"{count - len(found['mismatches'])} of {count}"
                 accepted, rejected = found["accepted"], found["rejected"]
-                greedy.append((runner.upper(), label, same, accepted, rejected))
+                pair = f"{PAIRS[job]} pair"
+                greedy.append((pair, runner.upper(), label, same, accepted, rejected))
         for trial in report.get("trials", []):
             smallest = min(position["p"] for position in trial["positions"])
             rule = "MSD" if trial["wrong_rule"] == "none" else f"wrong: {trial['wrong_rule']}"
@@ -28,7 +31,7 @@ def lossless(name: str, result: dict[str, Any]) -> str:
             sampled.append((runner.upper(), drafts, rule, case, draws, f"{smallest:.2g}"))
     parts = ["## Losslessness"]
     if greedy:
-        head = ["model runner", "requests", "same token ids", "drafts accepted", "rejected"]
+        head = ["of", "model runner", "requests", "same token ids", "drafts accepted", "rejected"]
         parts += ["Greedy token ids with and without MSD, fp32:", table(head, greedy)]
     if sampled:
         head = ["model runner", "drafts", "rule", "temperature, top-p, prompt", "draws"]
