@@ -36,7 +36,7 @@ junk = st.recursive(
 )
 # What could be meant, for each setting; drawn mostly, so that more than one thing is checked.
 _MEANT: dict[str, st.SearchStrategy] = {
-    "num_speculative_tokens": st.integers(1, 24),
+    "num_speculative_tokens": st.integers(1, 24) | st.just("auto"),
     "tree_depth": st.integers(1, 6),
     "tree_top_k": st.integers(1, 6),
     "max_model_len": st.integers(1, 4096),

@@ -105,7 +105,9 @@ _ODD: dict[str, st.SearchStrategy] = {
     "tool_choice": junk,
     "model": junk,
     "user": junk,
-    "vllm_xargs": junk,
+    "vllm_xargs": st.dictionaries(
+        st.sampled_from(["msd", "msd_max_nodes", "else"]), st.booleans() | st.integers(-1, 9) | junk
+    ),
     "kv_transfer_params": junk,
     "suffix": _text,
     "no_such_field": junk,

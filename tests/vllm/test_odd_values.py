@@ -40,6 +40,7 @@ def configure(pair, config):
         ({"attention_backend": "FAST"}, "FAST"),
         ({"draft_load_config": {"load_format": 3}}, r"\['draft_load_config"),
         ({"num-speculative-tokens": 3}, "contradicts 'num_speculative_tokens'=2"),
+        ({"temperature": float("nan")}, "temperature"),  # not equal to itself
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -61,7 +61,7 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
     clashes = []
     for key, value in (config or {}).items():
         name = str(key).replace("-", "_")
-        if merged.get(name, value) != value:
+        if name in merged and merged[name] != value:
             clashes.append(
                 f"speculative_config[{key!r}]={value!r} contradicts {name!r}={merged[name]!r}"
             )
@@ -72,7 +72,7 @@ def gather_request(engine_args: EngineArgs) -> dict[str, Any] | None:
             continue
         if key == "num_speculative_tokens" and _is_served_by_its_name(merged):
             del merged[key]  # the draft's own, which vLLM has put there
-        if merged.get(key, value) != value:
+        if key in merged and merged[key] != value:
             clashes.append(
                 f"{flag} {value} contradicts speculative_config[{key!r}]={merged[key]!r}"
             )
