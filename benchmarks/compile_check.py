@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
 
     record = {
         "what": "compiled, not run: registers per thread, spilled bytes, shared bytes per block",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "triton": triton.__version__,
         "shared_limit_bytes": {f"sm_{arch}": limit for arch, limit in SHARED_LIMIT.items()},
         "kernels": rows,

@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> dict:
     bandwidth = copy_bandwidth(device)
     record: dict = {
         "what": "growing trees without their draft, median microseconds in a CUDA graph",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": "a CPU and Triton's interpreter" if args.tiny else torch.cuda.get_device_name(),
         "versions": versions(),
         "copy_bytes_per_second": round(bandwidth),

@@ -4,7 +4,7 @@ import os
 import platform
 import shlex
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _PACKAGES = ("vllm", "torch", "transformers", "accelerate")
 def provenance(**settings: Any) -> dict[str, Any]:
     """A table for the top of a result file; ``settings`` are the run's own, seeds among them."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command_line(),
         "machine": machine(),
         "versions": versions(),

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> dict:
     print(f"{name}: copies at {bandwidth / 1e12:.4f} TB/s", flush=True)
     record = {
         "what": "one layer's attention and one settling of all layers, median microseconds",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": name,
         "versions": versions(),
         "copy_bytes_per_second": round(bandwidth),

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from vllm_msd.cli.main import main
-from vllm_msd.demo import paths
+from vllm_msd.demo import paths, run
 from vllm_msd.demo.paths import cache_dir
+from vllm_msd.errors import CheckpointError
 
 
 def test_paths_are_json(capsys):
@@ -58,3 +59,20 @@ def test_more_prompts_than_samples(capsys, monkeypatch):
     monkeypatch.setattr("vllm_msd.measure.engine.restart_tuned", lambda: None)
     assert main(["demo", "run", "--num-prompts", "1000"]) == 2
     assert "expected at most the 105" in capsys.readouterr().err
+
+
+def test_a_real_model_that_cannot_be_had_costs_no_report(monkeypatch, capsys):
+    def measure(*_):
+        raise CheckpointError("another file <came>")
+
+    monkeypatch.setattr(run, "measure_real", measure)
+    settings = run.DemoSettings(1, 5, None, 6, 3, 8, wide=None, real=2)
+    assert run._real(settings, "float32") == "another file <came>"
+    assert "The real language model was left out: another file" in capsys.readouterr().out
+
+
+def test_more_real_prompts_than_there_are(capsys, monkeypatch):
+    monkeypatch.setattr("vllm_msd.measure.engine.restart_tuned", lambda: None)
+    assert main(["demo", "run", "--real-prompts", "61"]) == 2
+    assert main(["demo", "real", "--num-prompts", "61"]) == 2
+    assert capsys.readouterr().err.count("expected at most the 60") == 2

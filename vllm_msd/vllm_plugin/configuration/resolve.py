@@ -140,10 +140,16 @@ def _given(model: str) -> str:
 
 
 def _siblings_naming(target: Path) -> list[Path]:
-    """Folders beside the target that hold an MSD draft whose config names this target."""
+    """Folders beside the target that hold an MSD draft whose config names this target.
+
+    A target that is a link has neighbours where the link lies and where the folder does.
+    """
+    beside = Path(os.path.abspath(target)).parent
     target = target.resolve()
     found = []
-    for config_path in sorted(target.parent.glob("*/config.json")):
+    for config_path in sorted(
+        {path for parent in {beside, target.parent} for path in parent.glob("*/config.json")}
+    ):
         config = _read_json(config_path)
         of = config.get("target")
         named = of.get("name_or_path") if isinstance(of, dict) else None
