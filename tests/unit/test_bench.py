@@ -2,6 +2,8 @@
 
 import json
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -10,18 +12,22 @@ from benchmarks.pages.bench import support
 from vllm_msd.bench import ties
 from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
-from vllm_msd.bench.data import load_requests
+from vllm_msd.bench.data import Requests, load_requests
 from vllm_msd.bench.drive import Cell, Reply
 from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, percentile, summary
+from vllm_msd.bench.ideal import Bounds
 from vllm_msd.bench.report import render
-from vllm_msd.bench.run import Place, open_journal, order
+from vllm_msd.bench.run import Place, Run, open_journal, order
 from vllm_msd.bench.serving_file import content, write_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
 from vllm_msd.cli.main import main
+from vllm_msd.demo.paths import demo_pair
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.measure.inputs import Sample
+from vllm_msd.regenerate.journal import Journal
+from vllm_msd.tree.config import TreeConfig
 
 ARMS = parse_arms(["chain:2", "auto"])
 NAMES = [arm.name for arm in ARMS]
@@ -41,7 +47,7 @@ COSTS = {
 }
 IDEAL = {
     "costs": {"auto": COSTS, "chain": COSTS},
-    "auto_width": 1,
+    "widths": {"auto": 1, "chain": 1},
     "products": {"target": {"1": 5.0, "11": 10.0}, "draft": {"1": 0.5}},
     "profile": {
         "arm": "auto",
@@ -145,6 +151,39 @@ def test_shares_of_the_ideal(results):
     assert one["none"]["ideal_speedup"] == 1.0
 
 
+def test_there_is_no_ideal_beyond_what_was_measured():
+    wide, narrow = parse_arms(["tree:8x4x2", "tree:8x4x3"])[1:]
+    measured = {**IDEAL, "costs": {**IDEAL["costs"], "tree": COSTS}}
+    bounds = Bounds({**measured, "widths": {"auto": 2, "chain": 1, "tree": 2}})
+    steps = [[2, 2, 10, 0.3, 30]]
+    assert bounds.speedup(wide, 1, steps) and bounds.speedup(narrow, 1, steps) is None
+    assert Bounds(IDEAL).speedup(wide, 1, steps) is None, "a chain's costs are not a tree's"
+    assert bounds.speedup(ARMS[1], 1, steps) and bounds.speedup(ARMS[1], 2, steps) is None
+    assert bounds.speedup(ARMS[0], 1, [[0, 0, 10, 0.2, 10]]) == pytest.approx(1.0)
+
+
+def test_costs_kept_for_few_requests_are_not_those_of_many():
+    from vllm_msd.vllm_plugin.cpu import cost_probe
+
+    shape = TreeConfig(8, 8, 1)
+
+    def config(requests: int, rows: int = 4096) -> MagicMock:
+        return MagicMock(
+            scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=rows)
+        )
+
+    def key(*limits: int) -> dict:
+        found = cost_probe.table_key(config(*limits), shape)
+        return {name: found[name] for name in ("requests", "rows")}
+
+    assert key(4) != key(64) == key(256) and key(64, 64) != key(64)
+    runner = MagicMock(
+        vllm_config=config(8), kv_cache_config=SimpleNamespace(num_blocks=99, kv_cache_groups=[])
+    )
+    runner.vllm_config.num_lookahead_tokens, runner.max_model_len = 8, 4096
+    assert {requests for requests, _ in cost_probe._points(runner, shape)} == {1, 4, 8}
+
+
 def test_what_is_not_known_is_said_so(results):
     found = {
         **PROVENANCE,
@@ -170,15 +209,57 @@ def test_near_ties_are_counted_apart(results):
 @pytest.mark.parametrize(
     ("best", "dtype", "is_near"),
     [
-        ([(9, -0.7), (5, -0.7005)], "float32", True),
-        ([(9, -0.7), (5, -0.9)], "float32", False),
-        ([(9, -0.7), (5, -0.9)], "bfloat16", True),
-        ([(5, -0.7), (8, -0.7)], "bfloat16", False),  # the arm's token is none of the two
+        ({9: -0.7, 5: -0.7005}, "float32", True),
+        ({9: -0.7, 5: -0.9}, "float32", False),
+        ({9: -0.7, 5: -0.9}, "bfloat16", True),
+        ({5: -0.7, 8: -0.7}, "bfloat16", False),  # the arm's token is none of the best
+        ({8: -0.6, 5: -0.7, 9: -0.9}, "bfloat16", True),  # three as good as each other
+        ({8: -0.1, 5: -0.7, 9: -0.7}, "bfloat16", False),  # close, and neither near the best
     ],
 )
-def test_a_near_tie_is_between_the_two_best(best, dtype, is_near):
+def test_a_near_tie_is_between_the_best(best, dtype, is_near):
     one = ties.Difference(1, "chain", 0, 0, 1, 9, 5, [4])
     assert ties._judged(one, best, dtype).is_near_tie is is_near
+
+
+class _Tied:
+    """An engine of two best tokens, 0.2 apart; its dtype is what ``auto`` came to."""
+
+    dtype = "bfloat16"
+
+    def __init__(self) -> None:
+        self.llm, self.asked = self, []
+
+    def add_request(self, request, prompt, params):
+        self.asked.append(request)
+
+    def has_unfinished_requests(self):
+        return bool(self.asked)
+
+    def step(self):
+        logprobs = [{9: SimpleNamespace(logprob=-0.7), 5: SimpleNamespace(logprob=-0.9)}]
+        output = SimpleNamespace(logprobs=logprobs)
+        return [SimpleNamespace(request_id=self.asked.pop(), outputs=[output])], None
+
+
+def test_near_ties_are_those_of_the_engines_dtype_where_it_is_left_to_the_model(tmp_path):
+    settings = BenchSettings(tmp_path, arms=("none", "chain"), batch=(1,), temperature=(0.0,))
+    sample = Sample([], [{"role": "user", "content": "?"}], "a")
+    requests = Requests([sample], "q", [])
+    with Journal(tmp_path / "bench.json", {}) as journal:
+        run = Run(settings, Models(str(demo_pair().target), None, "auto"), requests, journal)
+        for number, place in enumerate(run.places):
+            for turn in range(2):
+                token = 5 if place.arm == "none" else 9
+                journal.add(number, turn, **_cell(1.0, [[token]], []).to_dict())
+        engine = _Tied()
+        engine.prompt = lambda sample: {"prompt_token_ids": [1]}
+        run._engines.get = lambda name: engine
+        run._examine()
+        found = journal[-1, 0]["differences"]
+    assert [one["is_near_tie"] for one in found] == [True, True]
+    with pytest.raises(ConfigError, match="--dtype: got auto"):
+        ties.examine(engine, [], [], "auto")
 
 
 def test_differences_name_the_first_token():
@@ -211,7 +292,20 @@ def test_only_force_forgets_what_was_measured(tmp_path):
     with pytest.raises(ConfigError, match="seed: 0, now 5"):
         open_journal(tmp_path, {"seed": 5}, force=False)
     with open_journal(tmp_path, {"seed": 0}, force=True) as journal:
-        assert journal.resumed == 0
+        assert journal.resumed == 0 and (0, 0) not in journal
+        journal.add(1, 0, seconds=2.0)
+    with open_journal(tmp_path, {"seed": 0}, force=False) as journal:
+        assert (journal.resumed, journal[1, 0]["seconds"]) == (1, 2.0)
+
+
+def test_force_leaves_a_running_run_alone(tmp_path):
+    with open_journal(tmp_path, {"seed": 0}, force=False) as journal:
+        journal.add(0, 0, seconds=1.0)
+        before = journal.path.read_bytes()
+        for seed in (0, 5):
+            with pytest.raises(ConfigError, match="another process is at work"):
+                open_journal(tmp_path, {"seed": seed}, force=True)
+        assert journal.path.read_bytes() == before
 
 
 def test_percentiles():

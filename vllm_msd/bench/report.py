@@ -236,9 +236,9 @@ def _outputs(found: Found) -> str:
     ]
     return (
         "<p>Greedy answers against those of no speculation in the first pass, token by token. A "
-        "near tie is an answer whose first other token and the target's own are its two best "
-        "there, nearly as likely as each other: rounding decides between them. Drawn answers are "
-        "not compared.</p>"
+        "near tie is an answer whose first other token and the target's own are both as good as "
+        "its best there, but for a little: rounding decides between them. Drawn answers are not "
+        "compared.</p>"
         + table(("Batch", *found["arms"]), rows)
         + "<p>Works: the same answers, near ties aside, and at least "
         f"{NOT_SLOWER} times as fast as no speculation.</p>"

@@ -23,7 +23,7 @@ from vllm_msd.bench.ties import Difference, differences, examine
 from vllm_msd.measure.engine import Engine
 from vllm_msd.provenance import machine, provenance, versions
 from vllm_msd.regenerate.journal import Journal
-from vllm_msd.storage import remove, write_json, write_text
+from vllm_msd.storage import write_json, write_text
 
 RESULT, PAGE = "bench.json", "report.html"
 # Records of the journal that are no cell.
@@ -73,6 +73,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
             run.measure()
             results = run.results()
         facts["date"] = journal[_IDEAL, 0]["date"]  # of measuring, not of a later page
+        facts["dtype"] = journal[0, 0]["dtype"]
     found = {**facts, "data": _about(requests), **summary(results)}
     write_json(output / RESULT, found)
     print(closing_table(found), flush=True)
@@ -86,9 +87,10 @@ def open_journal(output: Path, about: dict[str, Any], force: bool) -> Journal:
     Raises:
         ConfigError: a run with other settings was begun there, or another process is at it.
     """
+    journal = Journal(output / RESULT, about, force)  # has the lock: what is forgotten is nobody's
     if force:
-        remove(output / f"{RESULT}.journal")
-    return Journal(output / RESULT, about)
+        journal.forget(about)
+    return journal
 
 
 class Run:
@@ -154,7 +156,7 @@ class Run:
                     seed=self._settings.seed,
                     on_reply=bar.update,
                 )
-                self._journal.add(number, turn, **cell.to_dict())
+                self._journal.add(number, turn, dtype=engine.dtype, **cell.to_dict())
                 self._tell(bar, place, turn)
         self._examine()
         self._measure_ideal()
@@ -195,7 +197,7 @@ class Run:
             print(f"looking at {len(found)} answers that differ", flush=True)
             engine = self._engines.get(NONE)
             prompts = self._chosen(engine, max(self._settings.batch))
-            found = examine(engine, prompts, found, self._models.dtype)
+            found = examine(engine, prompts, found, engine.dtype)
         self._journal.add(_TIES, 0, differences=[asdict(one) for one in found])
 
     def _measure_ideal(self) -> None:
@@ -206,7 +208,6 @@ class Run:
             self._engines,
             self._settings.parsed_arms,
             in_turn(self._samples)[:_PROFILED],
-            dtype=self._models.dtype,
             max_tokens=self._settings.max_tokens,
         )
         self._journal.add(_IDEAL, 0, date=provenance()["date"], **found)
