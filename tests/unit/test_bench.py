@@ -1,6 +1,9 @@
 """The benchmark's settings, data, figures and page, from made-up measurements: no engine here."""
 
 import json
+import os
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -14,14 +17,15 @@ from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
 from vllm_msd.bench.data import Requests, load_requests
 from vllm_msd.bench.drive import Cell, Reply
-from vllm_msd.bench.engines import Engines, Models, models_of
+from vllm_msd.bench.engines import Engines, Models, check_memory, models_of
 from vllm_msd.bench.figures import Results, percentile, summary
 from vllm_msd.bench.ideal import Bounds
 from vllm_msd.bench.report import render
-from vllm_msd.bench.run import Place, Run, open_journal, order
+from vllm_msd.bench.run import Place, Run, fingerprints, open_journal, order
 from vllm_msd.bench.serving_file import content, write_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
+from vllm_msd.cli.bench_command import is_local
 from vllm_msd.cli.main import main
 from vllm_msd.demo.paths import demo_pair
 from vllm_msd.errors import ConfigError, DataError
@@ -90,7 +94,8 @@ def test_arms_are_what_vllm_is_given():
 
 
 @pytest.mark.parametrize("names", [["fast"], ["chain:x"], ["tree:3"], ["chain:0"], ["auto:3"],
-                                   ["chain", "chain"], ["tree:3x5x2"]])  # fmt: skip
+                                   ["chain", "chain"], ["tree:3x5x2"], ["chain", "chain:5"],
+                                   ["chain:1_0"], ["chain: 3"], ["chain:"]])  # fmt: skip
 def test_a_wrong_arm_is_refused(names):
     with pytest.raises(ConfigError, match=r"got"):
         parse_arms(names)
@@ -102,13 +107,17 @@ def test_a_wrong_arm_is_refused(names):
         {"arms": ("none",)},
         {"batch": (1, 1)},
         {"temperature": (-1.0,)},
+        {"temperature": (float("nan"),)},
+        {"temperature": (0.0, float("inf"))},
+        {"seed": -1},
+        {"image_root": (".",)},
         {"passes": 1},
         {"target": "/not/there"},
         {"draft": "mine"},
         {"target": "org/model", "wide": "350M"},
     ],
 )
-def test_settings_that_cannot_work_are_refused_at_once(wrong, tmp_path, capsys):
+def test_settings_that_cannot_work_are_refused_at_once(wrong, tmp_path):
     with pytest.raises(ConfigError):
         BenchSettings(output=tmp_path, **wrong).check()
     BenchSettings(output=tmp_path, target="org/model", draft="org/draft").check()
@@ -388,7 +397,8 @@ def test_mmspec_asks_the_first_question_of_each_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "is empty"),
+        ("", "has no question in it"),
+        ("\n \n\n", "has no question in it"),
         ("{", "line 1: not valid JSON"),
         ('{"turns": []}', "expected a list of questions"),
         ('{"turns": ["a"], "image": 3}', "expected names of files"),
@@ -432,6 +442,75 @@ def test_support_matrix_of_the_pages(results):
 
 def test_the_command_writes_requests(tmp_path, capsys):
     path = tmp_path / "requests.jsonl"
-    arguments = ["--num-prompts", "7", "--write-requests", str(path), "--output", str(tmp_path)]
-    assert main(["bench", *arguments]) == 0
+    arguments = ["--num-prompts", "7", "--output", str(tmp_path), "--write-requests"]
+    assert main(["bench", *arguments, str(path), "--batch", "2"]) == 0
     assert "7 requests" in capsys.readouterr().out and len(path.read_text().splitlines()) == 7
+    assert main(["bench", *arguments, str(path), "--batch", "2", "5"]) == 0
+    assert "10 requests" in capsys.readouterr().out, "as many as the run asks of batch 5"
+    assert main(["bench", *arguments, str(tmp_path / "requests.json")]) == 2
+    assert "ends in .jsonl" in capsys.readouterr().err
+
+
+def test_paths_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["bench", "--quick", "--output", "out", "--write-requests=~/r.jsonl"]) == 0
+    assert (tmp_path / "r.jsonl").is_file()
+    shutil.copytree(demo_pair().target, tmp_path / "target")
+    settings = BenchSettings(tmp_path, target="~/target", arms=("none", "ngram"))
+    settings.check()
+    assert models_of(settings).target == str(tmp_path / "target")
+    assert is_local(settings)
+
+
+def test_a_draft_on_the_hub_is_asked_for_there(tmp_path):
+    target = str(demo_pair().target)
+    assert is_local(BenchSettings(tmp_path)), "the demo pair"
+    assert is_local(BenchSettings(tmp_path, target=target, draft=str(demo_pair().draft)))
+    settings = BenchSettings(tmp_path, target=target, draft="org/draft")
+    assert not is_local(settings)
+    assert is_local(replace(settings, arms=("none", "ngram"))), "which need no draft"
+    assert not is_local(BenchSettings(tmp_path, target="llava-hf/llava-1.5-7b-hf"))
+
+
+def test_another_model_or_other_data_behind_the_same_name_is_another_run(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"a")
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    asked = Sample([red], [{"role": "user", "content": [{"type": "image"}]}], "a")
+    models = Models(str(model), str(model), "float32")
+    requests = Requests([asked], "q.json", [])
+    first = fingerprints(requests, models)
+    assert first == fingerprints(requests, models) and len(first) == 3
+    other = Requests([replace(asked, images=[blue])], "q.json", [])
+    with open_journal(tmp_path, first, force=False) as journal:
+        journal.add(0, 0, seconds=1.0)
+    with pytest.raises(ConfigError, match="digest of the requests"):
+        open_journal(tmp_path, fingerprints(other, models), force=False)
+    (model / "model.safetensors").write_bytes(b"ab")
+    with pytest.raises(ConfigError, match=r"digest of the target(.|\n)*digest of the draft"):
+        open_journal(tmp_path, fingerprints(requests, models), force=False)
+
+
+def test_what_there_is_no_memory_for_is_refused(tmp_path):
+    models = Models(str(tmp_path), None, "bfloat16")
+    settings = BenchSettings(tmp_path)
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    with pytest.raises(ConfigError, match=r"5 engines.*--max-model-len, or --engines apart"):
+        check_memory(settings, models, share, 4096)  # five of a quarter each
+    check_memory(replace(settings, engines="apart"), models, share, 4096)
+    check_memory(replace(settings, arms=("none", "chain")), models, share, 4096)
+
+
+@pytest.mark.parametrize("rest", [[], [-1], [-1, -2]])
+def test_all_is_measured_only_when_all_is(tmp_path, capsys, monkeypatch, rest):
+    settings = BenchSettings(tmp_path, arms=("none", "chain"), batch=(1,), temperature=(0.0,))
+    requests = Requests([Sample([], [{"role": "user", "content": "?"}], "a")], "q", [])
+    with Journal(tmp_path / "bench.json", {}) as journal:
+        run = Run(settings, Models(str(demo_pair().target), None, "float32"), requests, journal)
+        for number, turn in [(0, 0), (0, 1), (1, 0), (1, 1), *((record, 0) for record in rest)]:
+            journal.add(number, turn)
+        monkeypatch.setattr(run, "_examine", lambda: None)
+        monkeypatch.setattr(run, "_measure_ideal", lambda: None)
+        run.measure()
+    assert ("everything is measured already" in capsys.readouterr().out) is (len(rest) == 2)

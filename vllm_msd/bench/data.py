@@ -62,11 +62,13 @@ def load_requests(data: str | None, roots: Sequence[str], count: int) -> Request
     if (path / MMSPEC).is_file() or path.name == MMSPEC:
         folder = path.parent if path.name == MMSPEC else path
         questions, left_out = list(_mmspec(folder / MMSPEC)), list[str]()
-        folders = [*map(Path, roots), folder / "images", folder]
+        folders = [*(Path(root).expanduser() for root in roots), folder / "images", folder]
     elif path.is_dir():
         raise DataError(f"--data: {path} is a folder without {MMSPEC}. Give a file, or MMSpec's.")
     else:
         questions, left_out, folders = _conversations(path, roots)
+    if not questions:
+        raise DataError(f"--data: {path} has no question in it. Give one with some.")
     chosen = in_turn(questions)[:count]
     return Requests([_sample(q, folders) for q in chosen], path.name, left_out)
 
@@ -110,7 +112,6 @@ def _parse(raw: Any) -> Record:
 def _mmspec(path: Path) -> Iterator[_Question]:
     with storage_errors(path, "read"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    number = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -129,8 +130,6 @@ def _mmspec(path: Path) -> Iterator[_Question]:
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": turns[0]}]
         kind = str(row.get("category") or row.get("topic") or path.stem)
         yield _Question(place, [{"role": "user", "content": content}], images, kind)
-    if not number:
-        raise DataError(f"{path} is empty. Give one with a question in each line.")
 
 
 def _sample(question: _Question, folders: Sequence[Path]) -> Sample:

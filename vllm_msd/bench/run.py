@@ -17,6 +17,7 @@ from vllm_msd.bench.drive import Cell, run_cell
 from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, summary
 from vllm_msd.bench.ideal import measure_ideal
+from vllm_msd.bench.origin import of_model, of_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
 from vllm_msd.bench.ties import Difference, differences, examine
@@ -55,8 +56,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
     """
     settings.check()
     facts = provenance(**settings.about())
-    needed = max(_num_requests(settings, batch) for batch in settings.batch)
-    requests = load_requests(settings.data, settings.image_root, needed)
+    requests = load_requests(settings.data, settings.image_root, settings.most_requests)
     models = models_of(settings)
     output = settings.output.expanduser()
     output.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
         "requests": len(requests.samples),
+        **fingerprints(requests, models),
     }
     _print_start(settings, requests, models)
     with open_journal(output, about, settings.force) as journal:
@@ -78,6 +79,21 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
     write_json(output / RESULT, found)
     print(closing_table(found), flush=True)
     write_pictures(found, output)
+    return found
+
+
+def fingerprints(requests: Requests, models: Models) -> dict[str, str]:
+    """What the same settings must stand for, that cells of two runs go together.
+
+    Raises:
+        CheckpointError: a model is not to be found.
+    """
+    found = {
+        "digest of the requests": of_requests(requests.samples),
+        "digest of the target": of_model(models.target),
+    }
+    if models.draft is not None:
+        found["digest of the draft"] = of_model(models.draft)
     return found
 
 
@@ -127,9 +143,11 @@ class Run:
     def measure(self) -> None:
         """Every cell that the journal lacks; then what differs, and what would be ideal."""
         left = [key for key in self._order if key not in self._journal]
-        total = sum(_num_requests(self._settings, self.places[n].batch) for n, _ in left)
-        if not left:
+        total = sum(self._settings.num_requests(self.places[n].batch) for n, _ in left)
+        if not left and (_TIES, 0) in self._journal and (_IDEAL, 0) in self._journal:
             print("everything is measured already; --force measures anew", flush=True)
+        elif not left:
+            print("all cells are measured; what is ideal is not yet", flush=True)
         elif self._journal.resumed:
             print(f"going on: {len(left)} of {len(self._order)} cells are left", flush=True)
         arms = self._settings.parsed_arms
@@ -165,7 +183,7 @@ class Run:
         """The prompts of a batch size; where the data have too few, some come again."""
         if self._prompts is None:
             self._prompts = [engine.prompt(sample) for sample in self._samples]
-        count = _num_requests(self._settings, batch)
+        count = self._settings.num_requests(batch)
         return [self._prompts[n % len(self._prompts)] for n in range(count)]
 
     def _tell(self, bar: tqdm, place: Place, turn: int) -> None:
@@ -250,17 +268,12 @@ def write_pictures(found: dict[str, Any], output: Path) -> None:
     write_text(output / PAGE, render(found))
     print(f"report: {output / PAGE}", flush=True)
     if find_spec("matplotlib") is None:
-        print('no charts: matplotlib is not installed (pip install "vllm-msd[bench]")', flush=True)
+        print("no charts: matplotlib is not installed (pip install matplotlib)", flush=True)
         return
     from vllm_msd.bench.charts import draw
 
     for path in draw(found, output):
         print(f"chart: {path}", flush=True)
-
-
-def _num_requests(settings: BenchSettings, batch: int) -> int:
-    """Requests of a cell: enough that the batch is full for most of the time."""
-    return max(settings.num_prompts, 2 * batch)
 
 
 def _rotated(names: Sequence[str], by: int) -> list[str]:
