@@ -379,6 +379,16 @@ def test_conversations_ask_the_last_question_after_what_was_said(tmp_path):
     assert len(found.left_out) == 1 and "line" in found.left_out[0]
 
 
+def test_only_pictures_of_the_chosen_kinds_are_read(tmp_path):
+    records = [_record("1", "And <image>?", image="gone.png", kind="vqa"), _record("2", "Hi")]
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(records))
+    (chosen,) = load_requests(str(path), (), 9, ["q"]).samples
+    assert chosen.kind == "q" and not chosen.images
+    with pytest.raises(DataError, match=r"got opera; expected some of q, vqa"):
+        load_requests(str(path), (), 9, ["opera"])
+
+
 def test_mmspec_asks_the_first_question_of_each_line(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")

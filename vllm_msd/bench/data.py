@@ -39,7 +39,9 @@ class _Question:
     kind: str
 
 
-def load_requests(data: str | None, roots: Sequence[str], count: int) -> Requests:
+def load_requests(
+    data: str | None, roots: Sequence[str], count: int, kinds: Sequence[str] | None = None
+) -> Requests:
     """The first ``count`` requests, the kinds of work in turn; fewer where there are no more.
 
     Of a conversation the last question is asked; the turns before it stay in the prompt with the
@@ -49,15 +51,18 @@ def load_requests(data: str | None, roots: Sequence[str], count: int) -> Request
         data: a JSON or JSONL file of ShareGPT, LLaVA or OpenAI conversations, a folder with
             MMSpec's `mmspec.jsonl` in it, or None for the demo's held-out samples.
         roots: folders of relative image paths; by default beside the data.
-        count: of requests.
+        count: of requests, whose pictures are read.
+        kinds: of work to choose among; None for all.
 
     Raises:
-        DataError: no usable request, or a picture that cannot be read.
+        DataError: no usable request, a kind that there is none of, or a picture that cannot be
+            read.
     """
     if data is None:
         from vllm_msd.demo.samples import held_out_samples
 
-        return Requests(list(held_out_samples()[:count]), "the demo's held-out samples", [])
+        samples = _of_kinds(held_out_samples(), kinds)
+        return Requests(samples[:count], "the demo's held-out samples", [])
     path = Path(data).expanduser()
     if (path / MMSPEC).is_file() or path.name == MMSPEC:
         folder = path.parent if path.name == MMSPEC else path
@@ -69,8 +74,17 @@ def load_requests(data: str | None, roots: Sequence[str], count: int) -> Request
         questions, left_out, folders = _conversations(path, roots)
     if not questions:
         raise DataError(f"--data: {path} has no question in it. Give one with some.")
-    chosen = in_turn(questions)[:count]
+    chosen = in_turn(_of_kinds(questions, kinds))[:count]
     return Requests([_sample(q, folders) for q in chosen], path.name, left_out)
+
+
+def _of_kinds(questions: Iterable[Any], kinds: Sequence[str] | None) -> list[Any]:
+    found = list(questions)
+    known = {one.kind for one in found}
+    if unknown := set(kinds or ()) - known:
+        got, expected = ", ".join(sorted(unknown)), ", ".join(sorted(known))
+        raise DataError(f"--kinds: got {got}; expected some of {expected}.")
+    return found if kinds is None else [one for one in found if one.kind in kinds]
 
 
 def in_turn(questions: Iterable[Any]) -> list[Any]:
