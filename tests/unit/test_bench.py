@@ -345,8 +345,11 @@ def test_page_table_and_charts(results, tmp_path):
     checker.feed(page)
     assert not checker.open and "$" not in page
     assert "&lt;b&gt;mine" in page and "<b>mine" not in page and "<i>" not in page
+    assert "1, 4 of 2 distinct ones" in page and "to 2 distinct requests" in page
+    assert "median / p90" in page
     assert "2 of 4 +1 ties" in page and "other answers" in page and "slower" in page
     text = closing_table(found)
+    assert "batch 1, temperature 0: 2 distinct requests" in text
     assert "3.00x" in text and "2.00 to 4.00" in text and "100%" in text
     cells = {name: results.cells[0.0, 1, name][0] for name in NAMES}
     assert "(2.00x)" in line(0.0, 1, 0, cells) and "chain:2" in heading(ARMS)

@@ -154,6 +154,15 @@ def test_a_cell_keeps_its_batch_full_and_counts_steps_that_only_decode():
     assert Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
 
 
+def test_a_cell_without_a_token_is_no_measurement():
+    engine = MadeUpEngine()
+    ended = SimpleNamespace(token_ids=[], finish_reason="stop")
+    output = SimpleNamespace(request_id="0", outputs=[ended], finished=True)
+    engine.step = lambda: ([output], None)
+    with pytest.raises(ConfigError, match="batch 1: got 1 answers without a token"):
+        run_cell(engine, [{"prompt_token_ids": [1]}], 1, 0, temperature=0.0, max_tokens=9, seed=0)
+
+
 def test_a_prompt_that_does_not_fit_is_named():
     prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": [1] * 9}]
     with pytest.raises(ConfigError, match="request 2 of the data: The prompt is too long"):
