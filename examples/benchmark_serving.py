@@ -9,7 +9,10 @@
 
 Two addresses are compared, the first with the second; --start starts the two servers itself, one
 after the other: examples/serve.sh with MSD, and the same without. Each concurrency is measured
-with requests as fast as it lets them, each rate with the largest concurrency.
+with requests as fast as it lets them, each rate with the largest concurrency. Each load sends the
+same requests, so a server must keep nothing of them: --start turns vLLM's caches of prefixes and
+pictures off, and a server of your own needs --no-enable-prefix-caching --mm-processor-cache-gb 0.
+Each server gets a small load first that does not count.
 
 Requests are the demo's held-out samples, images with questions and text-only instructions, or those
 of --data (see `vllm-msd bench --help`); where there are too few, some come again. The load
@@ -36,14 +39,17 @@ from pathlib import Path
 
 SERVE = Path(__file__).with_name("serve.sh")
 STARTS = {"with MSD": {}, "without": {"MSD": "0"}}
+# A load is not to find in a cache what the one before has sent.
+UNCACHED = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
+PATIENCE = 60  # seconds that a server has to end in
 COLUMNS = {
     "load": "load",
     "output_throughput": "tokens/s",
     "request_throughput": "requests/s",
     "median_ttft_ms": "TTFT ms",
-    "p99_ttft_ms": "p99",
+    "p90_ttft_ms": "p90",
     "median_tpot_ms": "TPOT ms",
-    "p99_tpot_ms": "p99",
+    "p90_tpot_ms": "p90",
     "spec_decode_acceptance_length": "accepted",
     "failed": "failed",
 }
@@ -85,15 +91,13 @@ def write_requests(path: Path, data: str | None, kinds: list[str] | None, count:
     """Write ``count`` requests in the form of `vllm bench serve`'s custom_image data set."""
     from vllm_msd.bench.data import load_requests
     from vllm_msd.bench.serving_file import write_requests as write
+    from vllm_msd.errors import MSDError
 
-    # Kinds are chosen among all, so that there are as many of each as the data have.
-    samples = load_requests(data, (), 10_000 if kinds else count).samples
-    known = {sample.kind for sample in samples}
-    if unknown := set(kinds or ()) - known:
-        names = ", ".join(sorted(known))
-        sys.exit(f"--kinds: got {', '.join(sorted(unknown))}; expected some of {names}")
-    chosen = [sample for sample in samples if kinds is None or sample.kind in kinds]
-    write(path, itertools.islice(itertools.cycle(chosen), count))
+    try:
+        samples = load_requests(data, (), count, kinds).samples
+    except MSDError as error:
+        sys.exit(str(error))
+    write(path, itertools.islice(itertools.cycle(samples), count))
 
 
 def served_model(base_url: str) -> tuple[str, str]:
@@ -116,7 +120,7 @@ def started(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["bash", str(SERVE), "--port", str(port)],
+            ["bash", str(SERVE), "--port", str(port), *UNCACHED],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PATH": path, **environment},
@@ -130,8 +134,18 @@ def started(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
         yield url
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            stop(process)
+
+
+def stop(process: subprocess.Popen, patience: float = PATIENCE) -> None:
+    """End a server and what it has started; by force where it does not end in so many seconds."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        print(f"the server did not end in {patience:g} seconds: killed", file=sys.stderr)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def is_up(url: str) -> bool:
@@ -153,9 +167,9 @@ def loads(args: argparse.Namespace) -> list[tuple[int, float]]:
 
 
 def measure(
-    base_url: str, requests: Path, load: tuple[int, float], args: argparse.Namespace
+    base_url: str, requests: Path, load: tuple[int, float], count: int, args: argparse.Namespace
 ) -> dict[str, object]:
-    """The figures of one load, as vLLM's client saves them."""
+    """The figures of one load of so many requests, as vLLM's client saves them."""
     model, root = served_model(base_url)
     concurrency, rate = load
     with tempfile.TemporaryDirectory() as folder:
@@ -164,10 +178,10 @@ def measure(
             *("--base-url", base_url, "--model", root, "--served-model-name", model),
             *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
             *("--dataset-name", "custom_image", "--dataset-path", str(requests)),
-            *("--num-prompts", str(args.num_prompts), "--request-rate", str(rate)),
+            *("--num-prompts", str(count), "--request-rate", str(rate)),
             *("--max-concurrency", str(concurrency), "--temperature", "0"),
             *("--custom-output-len", str(args.max_tokens), "--seed", str(args.seed)),
-            *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,99"),
+            *("--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90"),
             *("--save-result", "--result-dir", folder, "--result-filename", "result.json"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -197,10 +211,18 @@ def sweep(name: str, url: str, requests: Path, args: argparse.Namespace) -> list
     print(f"\n{name}: {served_model(url)[0]}, {args.num_prompts} requests a load", flush=True)
     print("  " + "".join(titles), flush=True)
     found = []
+    largest = max(args.concurrency)
+    measure(url, requests, (largest, math.inf), min(largest, args.num_prompts), args)  # to warm up
     for load in loads(args):
-        found.append(measure(url, requests, load, args))
+        found.append(measure(url, requests, load, args.num_prompts, args))
         print(row(found[-1]), flush=True)
     return found
+
+
+def ratio(one: dict[str, object], other: dict[str, object]) -> str:
+    """How many times as fast; "-" where one of them answered nothing."""
+    fast, slow = (load["output_throughput"] for load in (one, other))
+    return f"{fast / slow:.2f}x" if fast and slow else "-"
 
 
 def draw(found: dict[str, list[dict[str, object]]], path: Path) -> None:
@@ -243,9 +265,7 @@ def main() -> int:
         first, second = found.values()
         print("\nthe first server's tokens/s over the second's")
         for one, other in zip(first, second, strict=True):
-            print(
-                f"  {one['load']:<14}{one['output_throughput'] / other['output_throughput']:.2f}x"
-            )
+            print(f"  {one['load']:<14}{ratio(one, other)}")
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")
     if args.chart:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm_msd.bench.figures import NOT_SLOWER, verdict
+
 from .tables import source, table
 
 
@@ -20,10 +22,7 @@ def support(name: str, result: dict[str, Any]) -> str:
         found = [cell["arms"][arm] for cell in cells]
         texts = []
         for cell, one in zip(cells, found, strict=True):
-            verdict = by_batch[str(cell["batch"])]
-            word = "other answers" if not verdict["identical"] else "works"
-            if verdict["identical"] and not verdict["not_slower"]:
-                word = "slower"
+            word = verdict(by_batch[str(cell["batch"])])
             share = one["share_of_ideal_speedup"]
             of_ideal = "" if share is None else f", {share:.2f} of the ideal"
             texts.append(f"{word}, {one['speedup']:.2f}x{of_ideal}")
@@ -32,8 +31,8 @@ def support(name: str, result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Target: {target}. Greedy, by requests at a time; *works* means the answers of no "
-            "speculation and at least 0.97 times its speed. Near ties, which count as the same "
-            f"answer: {ties}.",
+            f"speculation and at least {NOT_SLOWER} times its speed. Near ties, which count as the "
+            f"same answer: {ties}.",
             table(["drafting", *(str(cell["batch"]) for cell in cells)], rows),
             source(name, result),
         ]

@@ -1,7 +1,9 @@
-"""The benchmark's settings, data, figures and page, from made-up measurements: no engine here."""
+"""The benchmark's figures, near ties and page, from made-up measurements: no engine here."""
 
 import json
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -10,18 +12,12 @@ from benchmarks.pages.bench import support
 from vllm_msd.bench import ties
 from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
-from vllm_msd.bench.data import load_requests
 from vllm_msd.bench.drive import Cell, Reply
-from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, percentile, summary
+from vllm_msd.bench.ideal import Bounds
 from vllm_msd.bench.report import render
-from vllm_msd.bench.run import Place, open_journal, order
-from vllm_msd.bench.serving_file import content, write_requests
-from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
-from vllm_msd.cli.main import main
-from vllm_msd.errors import ConfigError, DataError
-from vllm_msd.measure.inputs import Sample
+from vllm_msd.tree.config import TreeConfig
 
 ARMS = parse_arms(["chain:2", "auto"])
 NAMES = [arm.name for arm in ARMS]
@@ -41,7 +37,7 @@ COSTS = {
 }
 IDEAL = {
     "costs": {"auto": COSTS, "chain": COSTS},
-    "auto_width": 1,
+    "widths": {"auto": 1, "chain": 1},
     "products": {"target": {"1": 5.0, "11": 10.0}, "draft": {"1": 0.5}},
     "profile": {
         "arm": "auto",
@@ -72,56 +68,6 @@ def results() -> Results:
     return Results(ARMS, cells, ["a", "<i>"], found, IDEAL)
 
 
-def test_arms_are_what_vllm_is_given():
-    none, ngram, tree, auto = parse_arms(["ngram:3", "tree:8x4x2", "auto"])
-    assert none.speculative_config("d") is None and none.depth == ngram.depth == 0
-    assert ngram.speculative_config("d")["num_speculative_tokens"] == 3
-    assert tree.speculative_config("d") == {
-        "method": "msd", "model": "d", "num_speculative_tokens": 8, "tree_depth": 4, "tree_top_k": 2
-    }  # fmt: skip
-    assert (tree.depth, tree.width, auto.depth) == (4, 2, None)
-    assert auto.speculative_config(None) == {"method": "msd"}
-
-
-@pytest.mark.parametrize("names", [["fast"], ["chain:x"], ["tree:3"], ["chain:0"], ["auto:3"],
-                                   ["chain", "chain"], ["tree:3x5x2"]])  # fmt: skip
-def test_a_wrong_arm_is_refused(names):
-    with pytest.raises(ConfigError, match=r"got"):
-        parse_arms(names)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"arms": ("none",)},
-        {"batch": (1, 1)},
-        {"temperature": (-1.0,)},
-        {"passes": 1},
-        {"target": "/not/there"},
-        {"draft": "mine"},
-        {"target": "org/model", "wide": "350M"},
-    ],
-)
-def test_settings_that_cannot_work_are_refused_at_once(wrong, tmp_path, capsys):
-    with pytest.raises(ConfigError):
-        BenchSettings(output=tmp_path, **wrong).check()
-    BenchSettings(output=tmp_path, target="org/model", draft="org/draft").check()
-
-
-def test_a_target_without_a_draft_or_a_config_is_refused_before_an_engine_starts(tmp_path):
-    settings = BenchSettings(output=tmp_path, target=str(tmp_path))
-    with pytest.raises(ConfigError, match="no MSD draft is known for the target"):
-        models_of(settings)
-    sample = Sample([], [{"role": "user", "content": []}], "a")
-    with pytest.raises(ConfigError, match=r"--target.*cannot be read"):
-        Engines(settings, Models(str(tmp_path), None, "float32"), [sample])
-
-
-def test_the_command_tells_a_mistake_in_a_sentence(capsys, tmp_path):
-    assert main(["bench", "--arms", "fast", "--output", str(tmp_path)]) == 2
-    assert "expected some of none, ngram" in capsys.readouterr().err
-
-
 def test_speed_is_the_median_of_the_passes_against_none_of_the_same_pass(results):
     one = summary(results)["cells"][0]["arms"]
     assert one["none"]["tokens_per_second_per_pass"] == [2.5, 2.5]
@@ -143,6 +89,39 @@ def test_shares_of_the_ideal(results):
     assert one["chain:2"]["ideal_tokens_per_second"] == pytest.approx(3 / 0.007)
     assert one["none"]["share_of_ideal_tokens_per_second"] == pytest.approx(50 / 200)
     assert one["none"]["ideal_speedup"] == 1.0
+
+
+def test_there_is_no_ideal_beyond_what_was_measured():
+    wide, narrow = parse_arms(["tree:8x4x2", "tree:8x4x3"])[1:]
+    measured = {**IDEAL, "costs": {**IDEAL["costs"], "tree": COSTS}}
+    bounds = Bounds({**measured, "widths": {"auto": 2, "chain": 1, "tree": 2}})
+    steps = [[2, 2, 10, 0.3, 30]]
+    assert bounds.speedup(wide, 1, steps) and bounds.speedup(narrow, 1, steps) is None
+    assert Bounds(IDEAL).speedup(wide, 1, steps) is None, "a chain's costs are not a tree's"
+    assert bounds.speedup(ARMS[1], 1, steps) and bounds.speedup(ARMS[1], 2, steps) is None
+    assert bounds.speedup(ARMS[0], 1, [[0, 0, 10, 0.2, 10]]) == pytest.approx(1.0)
+
+
+def test_costs_kept_for_few_requests_are_not_those_of_many():
+    from vllm_msd.vllm_plugin.cpu import cost_probe
+
+    shape = TreeConfig(8, 8, 1)
+
+    def config(requests: int, rows: int = 4096) -> MagicMock:
+        return MagicMock(
+            scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=rows)
+        )
+
+    def key(*limits: int) -> dict:
+        found = cost_probe.table_key(config(*limits), shape)
+        return {name: found[name] for name in ("requests", "rows")}
+
+    assert key(4) != key(64) == key(256) and key(64, 64) != key(64)
+    runner = MagicMock(
+        vllm_config=config(8), kv_cache_config=SimpleNamespace(num_blocks=99, kv_cache_groups=[])
+    )
+    runner.vllm_config.num_lookahead_tokens, runner.max_model_len = 8, 4096
+    assert {requests for requests, _ in cost_probe._points(runner, shape)} == {1, 4, 8}
 
 
 def test_what_is_not_known_is_said_so(results):
@@ -170,13 +149,15 @@ def test_near_ties_are_counted_apart(results):
 @pytest.mark.parametrize(
     ("best", "dtype", "is_near"),
     [
-        ([(9, -0.7), (5, -0.7005)], "float32", True),
-        ([(9, -0.7), (5, -0.9)], "float32", False),
-        ([(9, -0.7), (5, -0.9)], "bfloat16", True),
-        ([(5, -0.7), (8, -0.7)], "bfloat16", False),  # the arm's token is none of the two
+        ({9: -0.7, 5: -0.7005}, "float32", True),
+        ({9: -0.7, 5: -0.9}, "float32", False),
+        ({9: -0.7, 5: -0.9}, "bfloat16", True),
+        ({5: -0.7, 8: -0.7}, "bfloat16", False),  # the arm's token is none of the best
+        ({8: -0.6, 5: -0.7, 9: -0.9}, "bfloat16", True),  # three as good as each other
+        ({8: -0.1, 5: -0.7, 9: -0.7}, "bfloat16", False),  # close, and neither near the best
     ],
 )
-def test_a_near_tie_is_between_the_two_best(best, dtype, is_near):
+def test_a_near_tie_is_between_the_best(best, dtype, is_near):
     one = ties.Difference(1, "chain", 0, 0, 1, 9, 5, [4])
     assert ties._judged(one, best, dtype).is_near_tie is is_near
 
@@ -187,31 +168,6 @@ def test_differences_name_the_first_token():
     assert [(d.request, d.position, d.token, d.plain, d.prefix) for d in found] == [
         (0, 1, 7, 2, [1]), (1, 1, 6, None, [4])
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_arms_take_turns_and_no_cell_is_left_out(apart):
-    arms = ["none", "chain", "auto"]
-    places = [Place(0.0, batch, arm) for batch in (1, 4) for arm in arms]
-    found = order(places, arms, 2, apart)
-    assert sorted(found) == [(number, turn) for number in range(6) for turn in range(2)]
-    firsts = [places[number].arm for number, _ in found[:: 2 if apart else 3]]
-    assert firsts == (
-        ["none", "chain", "auto", "chain", "auto", "none"]  # each does both batches, then goes
-        if apart
-        else ["none", "chain", "chain", "auto"]  # of each batch, in the first and second pass
-    )
-
-
-def test_only_force_forgets_what_was_measured(tmp_path):
-    with open_journal(tmp_path, {"seed": 0}, force=False) as journal:
-        journal.add(0, 0, seconds=1.0)
-    with open_journal(tmp_path, {"seed": 0}, force=False) as journal:
-        assert journal.resumed == 1
-    with pytest.raises(ConfigError, match="seed: 0, now 5"):
-        open_journal(tmp_path, {"seed": 5}, force=False)
-    with open_journal(tmp_path, {"seed": 0}, force=True) as journal:
-        assert journal.resumed == 0
 
 
 def test_percentiles():
@@ -242,8 +198,11 @@ def test_page_table_and_charts(results, tmp_path):
     checker.feed(page)
     assert not checker.open and "$" not in page
     assert "&lt;b&gt;mine" in page and "<b>mine" not in page and "<i>" not in page
+    assert "1, 4 of 2 distinct ones" in page and "to 2 distinct requests" in page
+    assert "median / p90" in page
     assert "2 of 4 +1 ties" in page and "other answers" in page and "slower" in page
     text = closing_table(found)
+    assert "batch 1, temperature 0: 2 distinct requests" in text
     assert "3.00x" in text and "2.00 to 4.00" in text and "100%" in text
     cells = {name: results.cells[0.0, 1, name][0] for name in NAMES}
     assert "(2.00x)" in line(0.0, 1, 0, cells) and "chain:2" in heading(ARMS)
@@ -251,93 +210,8 @@ def test_page_table_and_charts(results, tmp_path):
         assert Image.open(path).width > 500
 
 
-def _record(name: str, *turns: str, **more) -> dict:
-    speakers = ("human", "gpt")
-    spoken = [{"from": speakers[i % 2], "value": text} for i, text in enumerate(turns)]
-    return {"id": name, "conversations": spoken, **more}
-
-
-def test_conversations_ask_the_last_question_after_what_was_said(tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    records = [
-        _record("1", "Hi", "Hello", "And <image>?", "Red", image="a.png", kind="vqa"),
-        _record("2", "Alone"),
-        _record("3", "", "", "no reply to the first", kind="bad"),
-        _record("4", "One", "1", kind="vqa"),
-    ]
-    path = tmp_path / "q.json"
-    path.write_text(json.dumps(records))
-    found = load_requests(str(path), (), 9)
-    assert [sample.kind for sample in found.samples] == ["vqa", "q", "vqa"], "kinds in turn"
-    first, alone, _ = found.samples
-    assert [m["role"] for m in first.prompt] == ["user", "assistant", "user"]
-    assert len(first.images) == 1 and first.prompt[0]["content"][0]["text"] == "Hi"
-    assert alone.prompt == [{"role": "user", "content": [{"type": "text", "text": "Alone"}]}]
-    assert len(found.left_out) == 1 and "line" in found.left_out[0]
-
-
-def test_mmspec_asks_the_first_question_of_each_line(tmp_path):
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "a.png")
-    rows = [
-        {"id": 1, "image": "a.png", "turns": ["What?", "And?"], "category": "vqa", "topic": "x"},
-        {"id": 2, "image": None, "turns": ["Text"], "category": "chat"},
-    ]
-    file = tmp_path / "mmspec.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for data in (tmp_path, file):
-        first, second = load_requests(str(data), (), 5).samples
-        assert first.kind == "vqa" and len(first.images) == 1 and not second.images
-        assert first.prompt[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "is empty"),
-        ("{", "line 1: not valid JSON"),
-        ('{"turns": []}', "expected a list of questions"),
-        ('{"turns": ["a"], "image": 3}', "expected names of files"),
-        ('{"turns": ["a"], "image": "no.png"}', "there is no such file.*--image-root"),
-    ],
-)
-def test_wrong_mmspec_data_is_refused(tmp_path, text, reason):
-    (tmp_path / "mmspec.jsonl").write_text(text)
-    with pytest.raises(DataError, match=reason):
-        load_requests(str(tmp_path), (), 5)
-
-
-def test_a_folder_without_data_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"without mmspec\.jsonl"):
-        load_requests(str(tmp_path), (), 5)
-
-
-def test_requests_for_vllms_load_generator(tmp_path):
-    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
-    image, text = {"type": "image"}, {"type": "text", "text": "What?"}
-    earlier = [{"role": "user", "content": [image]}, {"role": "assistant", "content": [text]}]
-    own = Sample([red, blue], [*earlier, {"role": "user", "content": [text, image]}], "a")
-    inherited = Sample([red], [*earlier, {"role": "user", "content": [text]}], "a")
-    kinds = [[part["type"] for part in content(one)] for one in (own, inherited)]
-    assert kinds == [["text", "image_url"], ["image_url", "text"]]
-    assert content(own)[1] != content(inherited)[0], "the second picture, not the first"
-    path = tmp_path / "requests.jsonl"
-    write_requests(path, [own, inherited])
-    assert [json.loads(line)["content"] for line in path.open()] == [
-        content(own),
-        content(inherited),
-    ]
-
-
 def test_support_matrix_of_the_pages(results):
     text = support("bench.json", {**PROVENANCE, **summary(results)})
     assert "| MSD, chain of 2 | other answers, 3.00x, 1.00 of the ideal |" in text
     assert "| MSD, sizes that follow the load | slower, 0.80x, 0.95 of the ideal |" in text
     assert "Near ties, which count as the same answer: 1." in text and "2030-01-02" in text
-
-
-def test_the_command_writes_requests(tmp_path, capsys):
-    path = tmp_path / "requests.jsonl"
-    arguments = ["--num-prompts", "7", "--write-requests", str(path), "--output", str(tmp_path)]
-    assert main(["bench", *arguments]) == 0
-    assert "7 requests" in capsys.readouterr().out and len(path.read_text().splitlines()) == 7

@@ -152,5 +152,5 @@ def test_costs_of_a_target(monkeypatch, tmp_path):
     table.save(folder / "b.json", {**key, "model": "org/other"})
     (folder / "c.json").write_text("{")
     (found,) = doctor.costs("org/t")
-    assert found.name == "chain of 8, float32" and found.fix is None
+    assert found.name == "chain of 8, float32, measured to batch 1" and found.fix is None
     assert "1: 10.0 and 20.0" in found.value and "level of the draft 1.5" in found.value

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,10 +112,62 @@ def test_benchmark_serving(run, msd_server, tmp_path):
     assert "leaked" not in out and "Namespace" not in out, "a table of its own"
 
 
-def test_loads_of_a_sweep(monkeypatch):
+@pytest.fixture(scope="module")
+def example():
+    """`examples/benchmark_serving.py` as a module."""
     spec = importlib.util.spec_from_file_location("sweep", EXAMPLES / "benchmark_serving.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_a_started_server_keeps_nothing_and_the_first_load_does_not_count(
+    example, monkeypatch, tmp_path
+):
+    asked = []
+
+    def popen(command, **options):
+        asked.append(command)
+        return SimpleNamespace(poll=lambda: 0)
+
+    answers = iter([False, True])
+    monkeypatch.setattr(example, "is_up", lambda url: next(answers))
+    monkeypatch.setattr(example.subprocess, "Popen", popen)
+    with example.started({}, 8123, tmp_path / "log"):
+        pass
+    assert "--no-enable-prefix-caching --mm-processor-cache-gb 0" in " ".join(asked[0])
+
+    measured = []
+
+    def measure(url, requests, load, count, args):
+        measured.append((load, count))
+        return dict.fromkeys(example.COLUMNS, "")
+
+    monkeypatch.setattr(example, "measure", measure)
+    monkeypatch.setattr(example, "served_model", lambda url: ("m", "m"))
+    monkeypatch.setattr(sys, "argv", ["sweep", "--concurrency", "1", "4"])
+    found = example.sweep("a", "url", tmp_path, example.parse_args())
+    assert measured == [((4, math.inf), 4), ((1, math.inf), 50), ((4, math.inf), 50)]
+    assert len(found) == 2
+
+
+def test_a_server_that_does_not_end_is_killed(example, capsys):
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-uc", deaf], stdout=subprocess.PIPE, start_new_session=True
+    )
+    process.stdout.readline()
+    example.stop(process, 0.2)
+    assert process.returncode == -9 and "killed" in capsys.readouterr().err
+    process.stdout.close()
+
+
+def test_nothing_answered_is_no_ratio(example):
+    one, none = {"output_throughput": 2.0}, {"output_throughput": 0.0}
+    assert [example.ratio(one, one), example.ratio(one, none)] == ["1.00x", "-"]
+
+
+def test_loads_of_a_sweep(example, monkeypatch):
     options = ["sweep", "--concurrency", "1", "8", "--request-rate", "2"]
     monkeypatch.setattr(sys, "argv", options)
     assert example.loads(example.parse_args()) == [(1, math.inf), (8, math.inf), (8, 2.0)]

@@ -1,5 +1,6 @@
 """The arms of a comparison: ways of drafting, each an engine's speculative config."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def parse_arms(names: list[str]) -> list[Arm]:
         ConfigError: an unknown name, sizes that are none, or the same arm twice.
     """
     arms = [_parse(name) for name in names]
-    if len({arm.name for arm in arms}) < len(arms):
+    if len({(arm.method, arm.sizes) for arm in arms}) < len(arms):  # `chain` is `chain:5`
         raise ConfigError(f"--arms: got {' '.join(names)}, expected each of them once.")
     return [Arm(NONE, NONE), *(arm for arm in arms if arm.method != NONE)]
 
@@ -84,10 +85,9 @@ def parse_arms(names: list[str]) -> list[Arm]:
 def _parse(name: str) -> Arm:
     method, colon, text = name.partition(":")
     usual = _SIZES.get(method, ())
-    try:
-        sizes = tuple(map(int, text.split("x"))) if colon else usual
-    except ValueError:
-        sizes = None
+    # Not whatever int() takes: it reads " 3" and "1_0", too.
+    is_sizes = re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", text)
+    sizes = tuple(map(int, text.split("x"))) if is_sizes else None if colon else usual
     is_known = method in (NONE, "auto", *_SIZES)
     if not is_known or sizes is None or len(sizes) != len(usual) or min(sizes, default=1) < 1:
         raise ConfigError(f"--arms: got {name!r}, expected some of {_FORMS}.")

@@ -39,7 +39,9 @@ class _Question:
     kind: str
 
 
-def load_requests(data: str | None, roots: Sequence[str], count: int) -> Requests:
+def load_requests(
+    data: str | None, roots: Sequence[str], count: int, kinds: Sequence[str] | None = None
+) -> Requests:
     """The first ``count`` requests, the kinds of work in turn; fewer where there are no more.
 
     Of a conversation the last question is asked; the turns before it stay in the prompt with the
@@ -49,26 +51,40 @@ def load_requests(data: str | None, roots: Sequence[str], count: int) -> Request
         data: a JSON or JSONL file of ShareGPT, LLaVA or OpenAI conversations, a folder with
             MMSpec's `mmspec.jsonl` in it, or None for the demo's held-out samples.
         roots: folders of relative image paths; by default beside the data.
-        count: of requests.
+        count: of requests, whose pictures are read.
+        kinds: of work to choose among; None for all.
 
     Raises:
-        DataError: no usable request, or a picture that cannot be read.
+        DataError: no usable request, a kind that there is none of, or a picture that cannot be
+            read.
     """
     if data is None:
         from vllm_msd.demo.samples import held_out_samples
 
-        return Requests(list(held_out_samples()[:count]), "the demo's held-out samples", [])
+        samples = _of_kinds(held_out_samples(), kinds)
+        return Requests(samples[:count], "the demo's held-out samples", [])
     path = Path(data).expanduser()
     if (path / MMSPEC).is_file() or path.name == MMSPEC:
         folder = path.parent if path.name == MMSPEC else path
         questions, left_out = list(_mmspec(folder / MMSPEC)), list[str]()
-        folders = [*map(Path, roots), folder / "images", folder]
+        folders = [*(Path(root).expanduser() for root in roots), folder / "images", folder]
     elif path.is_dir():
         raise DataError(f"--data: {path} is a folder without {MMSPEC}. Give a file, or MMSpec's.")
     else:
         questions, left_out, folders = _conversations(path, roots)
-    chosen = in_turn(questions)[:count]
+    if not questions:
+        raise DataError(f"--data: {path} has no question in it. Give one with some.")
+    chosen = in_turn(_of_kinds(questions, kinds))[:count]
     return Requests([_sample(q, folders) for q in chosen], path.name, left_out)
+
+
+def _of_kinds(questions: Iterable[Any], kinds: Sequence[str] | None) -> list[Any]:
+    found = list(questions)
+    known = {one.kind for one in found}
+    if unknown := set(kinds or ()) - known:
+        got, expected = ", ".join(sorted(unknown)), ", ".join(sorted(known))
+        raise DataError(f"--kinds: got {got}; expected some of {expected}.")
+    return found if kinds is None else [one for one in found if one.kind in kinds]
 
 
 def in_turn(questions: Iterable[Any]) -> list[Any]:
@@ -110,7 +126,6 @@ def _parse(raw: Any) -> Record:
 def _mmspec(path: Path) -> Iterator[_Question]:
     with storage_errors(path, "read"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    number = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -129,8 +144,6 @@ def _mmspec(path: Path) -> Iterator[_Question]:
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": turns[0]}]
         kind = str(row.get("category") or row.get("topic") or path.stem)
         yield _Question(place, [{"role": "user", "content": content}], images, kind)
-    if not number:
-        raise DataError(f"{path} is empty. Give one with a question in each line.")
 
 
 def _sample(question: _Question, folders: Sequence[Path]) -> Sample:

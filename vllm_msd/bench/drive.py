@@ -80,7 +80,7 @@ def run_cell(
         on_reply: called after each.
 
     Raises:
-        ConfigError: a prompt that the engine does not take.
+        ConfigError: a prompt that the engine does not take, or not one token came.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -129,6 +129,11 @@ def run_cell(
             steps[0] += 1
             steps[1] += now - before
             steps[2] += emitted
+    if not cell.tokens:
+        raise ConfigError(
+            f"batch {batch}: got {len(prompts)} answers without a token, expected some to time. "
+            "See what the target answers to --data without speculation (vllm serve)."
+        )
     cell.seconds = now - begun
     cell.full_steps = [[*key, *steps] for key, steps in sorted(full.items())]
     return cell

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -39,12 +40,12 @@ def models_of(settings: BenchSettings) -> Models:
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = timed_dtype()
     if settings.target is not None:
-        draft = None
+        target, draft = os.path.expanduser(settings.target), None
         if any(arm.is_msd for arm in settings.parsed_arms):
             from vllm_msd.vllm_plugin.configuration.resolve import find_draft
 
-            draft = find_draft(settings.target, settings.draft)
-        return Models(settings.target, draft, dtype)
+            draft = find_draft(target, settings.draft)
+        return Models(target, draft, dtype)
     from vllm_msd.demo.paths import demo_pair, wide_pair
 
     if settings.wide is None:
@@ -170,5 +171,35 @@ def _options(settings: BenchSettings, models: Models, samples: Sequence[Sample])
     element = 4 if models.dtype == "float32" else 2
     per_token = 2 * (text.num_hidden_layers + 1) * heads * size * element  # 1: the draft's layer
     room = length + max(settings.batch) * min(length, _ROOM)
-    options["kv_cache_memory_bytes"] = max(256 << 20, room * per_token)
+    cache = max(256 << 20, room * per_token)
+    if not torch.cuda.is_available():
+        check_memory(settings, models, cache, length)
+    options["kv_cache_memory_bytes"] = cache
     return options
+
+
+def check_memory(settings: BenchSettings, models: Models, cache: int, length: int) -> None:
+    """Refuse what this machine has no memory for, before an engine starts.
+
+    Args:
+        settings, models: of the run, on a CPU.
+        cache: bytes of an engine's KV cache.
+        length: tokens of the longest request.
+
+    Raises:
+        ConfigError: caches and weights take more than there is.
+    """
+    engines = len(settings.parsed_arms) if settings.engines == "together" else 1
+    copies = engines if settings.compile else 1  # compiled, they do not share the target
+    target = Path(models.target)
+    weights = sum(file.stat().st_size for file in target.glob("*.safetensors"))  # 0 of the hub's
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = engines * cache + copies * weights
+    if needed > there:
+        gib = 2**30
+        raise ConfigError(
+            f"--batch: got {max(settings.batch)}, for which the KV caches of {engines} engines at "
+            f"a time, {cache / gib:.1f} GiB each for requests of up to {length} tokens, and the "
+            f"target's weights take {needed / gib:.1f} GiB; this machine has {there / gib:.1f}. "
+            "Give smaller --batch, a smaller --max-model-len, or --engines apart."
+        )

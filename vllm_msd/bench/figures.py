@@ -83,6 +83,7 @@ def _arm(
         **_acceptance(measured),
         **_latency(replies),
         "requests": len(replies),
+        "distinct_requests": min(len(results.kinds), len(measured[0].replies)),
         "tokens": sum(len(reply.token_ids) for reply in replies),
         "natural_ends": sum(reply.finish == "stop" for reply in replies),
         **(_identity(results, batch, arm, len(replies)) if temperature == 0 else {}),
@@ -120,9 +121,9 @@ def _latency(replies: Sequence[Reply]) -> dict[str, float | None]:
     ]
     return {
         "ttft_median_ms": percentile(first, 50),
-        "ttft_p99_ms": percentile(first, 99),
+        "ttft_p90_ms": percentile(first, 90),
         "tpot_median_ms": percentile(each, 50),
-        "tpot_p99_ms": percentile(each, 99),
+        "tpot_p90_ms": percentile(each, 90),
     }
 
 
@@ -196,6 +197,13 @@ def _support(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str
                     "not_slower": one["speedup"] >= NOT_SLOWER,
                 }
     return found
+
+
+def verdict(one: Mapping[str, bool]) -> str:
+    """An entry of ``support`` in words."""
+    if not one["identical"]:
+        return "other answers"
+    return "works" if one["not_slower"] else "slower"
 
 
 def _difference(one: Difference) -> dict[str, Any]:

@@ -20,7 +20,7 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def measure_ideal(
-    engines: Engines, arms: Sequence[Arm], samples: Sequence[Sample], *, dtype: str, max_tokens: int
+    engines: Engines, arms: Sequence[Arm], samples: Sequence[Sample], *, max_tokens: int
 ) -> dict[str, Any]:
     """What the bounds are made of, from engines that know it; in JSON's types.
 
@@ -28,13 +28,12 @@ def measure_ideal(
         engines: idle.
         arms: of the run.
         samples: to answer for the profile, at batch 1.
-        dtype: what the target is computed in.
         max_tokens: of an answer.
 
     Returns:
-        ``costs`` by shape, ``products`` (milliseconds by rows, of target and draft), ``profile``
-        (milliseconds of a step by part, or ``missing``, why not) with the arm it is of,
-        ``auto_width``; or ``missing``, why there are none.
+        ``costs`` by shape and ``widths``, the rows of a level, of the same shapes; ``products``
+        (milliseconds by rows, of target and draft), ``profile`` (milliseconds of a step by part, or
+        ``missing``, why not) with the arm it is of; or ``missing``, why there are none.
     """
     from vllm_msd.measure.step_profile import products_of, profile_engine
 
@@ -47,16 +46,15 @@ def measure_ideal(
         return {"missing": "sizes do not follow the load here, so no engine knows what steps cost"}
     drafter = engine.model_runner.drafter
     chosen = drafter.config
-    costs = {"auto": tables[chosen].to_dict()}
-    costs |= {"chain" if s.is_chain else "tree": table.to_dict() for s, table in tables.items()}
-    products = products_of(engine, ROWS, dtype=dtype)
+    shapes = {"auto": chosen} | {"chain" if s.is_chain else "tree": s for s in tables}
+    products = products_of(engine, ROWS, dtype=engine.dtype)
     try:
         profile = profile_engine(engine, samples, max_tokens=max_tokens, split_target=True)
     except MSDError as error:  # where nothing pays, nothing is drafted
         profile = {"missing": str(error)}
     return {
-        "costs": costs,
-        "auto_width": chosen.top_k,
+        "costs": {name: tables[shape].to_dict() for name, shape in shapes.items()},
+        "widths": {name: shape.top_k for name, shape in shapes.items()},
         "products": {
             name: {str(rows): ms for rows, ms in one["milliseconds"].items()}
             for name, one in products.items()
@@ -74,21 +72,28 @@ class Bounds:
 
     def __init__(self, measured: Mapping[str, Any]) -> None:
         self._costs = {name: CostTable.from_dict(t) for name, t in measured["costs"].items()}
-        self._width = measured["auto_width"]
+        self._widths = measured["widths"]
         self._products = {
             name: Curve.through((float(rows), ms / 1000) for rows, ms in by_rows.items())
             for name, by_rows in measured["products"].items()
         }
 
     def speedup(self, arm: Arm, batch: int, full_steps: Sequence[Sequence[float]]) -> float | None:
-        """How much faster than no speculation these steps would be; None without such steps.
+        """How much faster than no speculation these steps would be.
+
+        None without such steps, where no table reaches so many requests, and for a draft whose
+        levels are of another width than those that were measured.
 
         Args:
             arm: whose steps they are.
             batch: requests in each.
             full_steps: see `vllm_msd.bench.drive.Cell`.
         """
-        table = self._costs.get(arm.method, self._costs.get("chain", self._costs["auto"]))
+        name = next(name for name in (arm.method, "chain", "auto") if name in self._costs)
+        table = self._costs[name]
+        is_other = arm.method in ("chain", "tree") and arm.width != self._widths[name]
+        if is_other or batch > max(requests for requests, _, _ in table.step):
+            return None
         tokens = sum(step[4] for step in full_steps)
         seconds = sum(
             count
@@ -107,7 +112,7 @@ class Bounds:
     ) -> float | None:
         """What the matrix products of these steps alone would allow."""
         target, draft = self._products["target"], self._products["draft"]
-        width = self._width if arm.method == "auto" else arm.width
+        width = self._widths["auto"] if arm.method == "auto" else arm.width
         seconds = 0.0
         for drafted, depth, count, _, _ in full_steps:
             rows = batch + drafted

@@ -7,7 +7,7 @@ from string import Template
 from typing import Any
 
 from vllm_msd.bench.arms import NONE
-from vllm_msd.bench.figures import NOT_SLOWER
+from vllm_msd.bench.figures import NOT_SLOWER, verdict
 from vllm_msd.bench.table import identity
 from vllm_msd.measure.report.bars import bars, grouped_bars
 from vllm_msd.measure.report.parts import facts, number, panel, style, table, tile, times
@@ -91,7 +91,11 @@ def _tiles(found: Found) -> str:
     if drafted:
         same = sum(one["identical"] + one["near_ties"] for one in drafted)
         total = sum(one["requests"] for one in drafted)
-        text = "greedy answers are those of no speculation, near ties included"
+        distinct = max(one["distinct_requests"] for one in drafted)
+        text = (
+            "greedy answers are those of no speculation, near ties included; over arms, batches "
+            f"and passes, to {distinct} distinct requests"
+        )
         tiles.append(tile(f"{same} of {total}", text, "good" if same == total else "bad"))
     return "".join(tiles)
 
@@ -119,8 +123,8 @@ def _speed_panel(found: Found, cell: Found) -> str:
 def _table(found: Found, temperature: float) -> str:
     head = (
         "Batch, arm", "tokens/s", "speed-up", "lowest to highest pass", "mean of samples",
-        "tokens a verification", "accepted", "first token ms, median / p99",
-        "further token ms, median / p99", "ended by themselves",
+        "tokens a verification", "accepted", "first token ms, median / p90",
+        "further token ms, median / p90", "ended by themselves",
     )  # fmt: skip
     rows = []
     for cell in found["cells"]:
@@ -137,15 +141,15 @@ def _table(found: Found, temperature: float) -> str:
                     times(one["speedup_per_sample"]),
                     number(one["acceptance_length"]),
                     _percent(one["acceptance_rate"]),
-                    f"{number(one['ttft_median_ms'], 1)} / {number(one['ttft_p99_ms'], 1)}",
-                    f"{number(one['tpot_median_ms'], 1)} / {number(one['tpot_p99_ms'], 1)}",
+                    f"{number(one['ttft_median_ms'], 1)} / {number(one['ttft_p90_ms'], 1)}",
+                    f"{number(one['tpot_median_ms'], 1)} / {number(one['tpot_p90_ms'], 1)}",
                     f"{one['natural_ends']} of {one['requests']}",
                 )
             )
     return (
         f"<h3>Temperature {temperature:g}</h3>{table(head, rows)}"
         '<p class="soft">Tokens a verification count the target\'s own; speed-up is of the whole, '
-        "mean of samples is each request's own.</p>"
+        "mean of samples is each request's own. Counts of requests are over all passes.</p>"
     )
 
 
@@ -221,32 +225,31 @@ def _kinds(found: Found) -> str:
     return f'<div class="panels">{"".join(panels)}</div>'
 
 
+def _batch_and_requests(cell: Found) -> str:
+    one = cell["arms"][NONE]
+    return f"{cell['batch']}, {one['requests']} of {one['distinct_requests']} distinct ones"
+
+
 def _outputs(found: Found) -> str:
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     if not greedy:
         return "<p>No greedy answers in this run; drawn ones are not compared.</p>"
     names = [name for name in found["arms"] if name != NONE]
     rows = [
-        (str(cell["batch"]), *(identity(cell["arms"][name]) for name in found["arms"]))
+        (_batch_and_requests(cell), *(identity(cell["arms"][name]) for name in found["arms"]))
         for cell in greedy
     ]
     support = [
-        (name, *(_support(found["support"][name][str(cell["batch"])]) for cell in greedy))
+        (name, *(verdict(found["support"][name][str(cell["batch"])]) for cell in greedy))
         for name in names
     ]
     return (
         "<p>Greedy answers against those of no speculation in the first pass, token by token. A "
-        "near tie is an answer whose first other token and the target's own are its two best "
-        "there, nearly as likely as each other: rounding decides between them. Drawn answers are "
-        "not compared.</p>"
-        + table(("Batch", *found["arms"]), rows)
+        "near tie is an answer whose first other token and the target's own are both as good as "
+        "its best there, but for a little: rounding decides between them. Drawn answers are not "
+        "compared.</p>"
+        + table(("Batch, requests in all passes", *found["arms"]), rows)
         + "<p>Works: the same answers, near ties aside, and at least "
         f"{NOT_SLOWER} times as fast as no speculation.</p>"
         + table(("Arm", *(f"batch {cell['batch']}" for cell in greedy)), support)
     )
-
-
-def _support(one: Mapping[str, bool]) -> str:
-    if not one["identical"]:
-        return "other answers"
-    return "works" if one["not_slower"] else "slower"

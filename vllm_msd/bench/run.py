@@ -17,13 +17,14 @@ from vllm_msd.bench.drive import Cell, run_cell
 from vllm_msd.bench.engines import Engines, Models, models_of
 from vllm_msd.bench.figures import Results, summary
 from vllm_msd.bench.ideal import measure_ideal
+from vllm_msd.bench.origin import of_model, of_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
 from vllm_msd.bench.ties import Difference, differences, examine
 from vllm_msd.measure.engine import Engine
 from vllm_msd.provenance import machine, provenance, versions
 from vllm_msd.regenerate.journal import Journal
-from vllm_msd.storage import remove, write_json, write_text
+from vllm_msd.storage import write_json, write_text
 
 RESULT, PAGE = "bench.json", "report.html"
 # Records of the journal that are no cell.
@@ -55,8 +56,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
     """
     settings.check()
     facts = provenance(**settings.about())
-    needed = max(_num_requests(settings, batch) for batch in settings.batch)
-    requests = load_requests(settings.data, settings.image_root, needed)
+    requests = load_requests(settings.data, settings.image_root, settings.most_requests)
     models = models_of(settings)
     output = settings.output.expanduser()
     output.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,7 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
         "requests": len(requests.samples),
+        **fingerprints(requests, models),
     }
     _print_start(settings, requests, models)
     with open_journal(output, about, settings.force) as journal:
@@ -73,10 +74,26 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
             run.measure()
             results = run.results()
         facts["date"] = journal[_IDEAL, 0]["date"]  # of measuring, not of a later page
+        facts["dtype"] = journal[0, 0]["dtype"]
     found = {**facts, "data": _about(requests), **summary(results)}
     write_json(output / RESULT, found)
     print(closing_table(found), flush=True)
     write_pictures(found, output)
+    return found
+
+
+def fingerprints(requests: Requests, models: Models) -> dict[str, str]:
+    """What the same settings must stand for, that cells of two runs go together.
+
+    Raises:
+        CheckpointError: a model is not to be found.
+    """
+    found = {
+        "digest of the requests": of_requests(requests.samples),
+        "digest of the target": of_model(models.target),
+    }
+    if models.draft is not None:
+        found["digest of the draft"] = of_model(models.draft)
     return found
 
 
@@ -86,9 +103,10 @@ def open_journal(output: Path, about: dict[str, Any], force: bool) -> Journal:
     Raises:
         ConfigError: a run with other settings was begun there, or another process is at it.
     """
+    journal = Journal(output / RESULT, about, force)  # has the lock: what is forgotten is nobody's
     if force:
-        remove(output / f"{RESULT}.journal")
-    return Journal(output / RESULT, about)
+        journal.forget(about)
+    return journal
 
 
 class Run:
@@ -125,9 +143,11 @@ class Run:
     def measure(self) -> None:
         """Every cell that the journal lacks; then what differs, and what would be ideal."""
         left = [key for key in self._order if key not in self._journal]
-        total = sum(_num_requests(self._settings, self.places[n].batch) for n, _ in left)
-        if not left:
+        total = sum(self._settings.num_requests(self.places[n].batch) for n, _ in left)
+        if not left and (_TIES, 0) in self._journal and (_IDEAL, 0) in self._journal:
             print("everything is measured already; --force measures anew", flush=True)
+        elif not left:
+            print("all cells are measured; what is ideal is not yet", flush=True)
         elif self._journal.resumed:
             print(f"going on: {len(left)} of {len(self._order)} cells are left", flush=True)
         arms = self._settings.parsed_arms
@@ -154,7 +174,7 @@ class Run:
                     seed=self._settings.seed,
                     on_reply=bar.update,
                 )
-                self._journal.add(number, turn, **cell.to_dict())
+                self._journal.add(number, turn, dtype=engine.dtype, **cell.to_dict())
                 self._tell(bar, place, turn)
         self._examine()
         self._measure_ideal()
@@ -163,7 +183,7 @@ class Run:
         """The prompts of a batch size; where the data have too few, some come again."""
         if self._prompts is None:
             self._prompts = [engine.prompt(sample) for sample in self._samples]
-        count = _num_requests(self._settings, batch)
+        count = self._settings.num_requests(batch)
         return [self._prompts[n % len(self._prompts)] for n in range(count)]
 
     def _tell(self, bar: tqdm, place: Place, turn: int) -> None:
@@ -195,7 +215,7 @@ class Run:
             print(f"looking at {len(found)} answers that differ", flush=True)
             engine = self._engines.get(NONE)
             prompts = self._chosen(engine, max(self._settings.batch))
-            found = examine(engine, prompts, found, self._models.dtype)
+            found = examine(engine, prompts, found, engine.dtype)
         self._journal.add(_TIES, 0, differences=[asdict(one) for one in found])
 
     def _measure_ideal(self) -> None:
@@ -206,7 +226,6 @@ class Run:
             self._engines,
             self._settings.parsed_arms,
             in_turn(self._samples)[:_PROFILED],
-            dtype=self._models.dtype,
             max_tokens=self._settings.max_tokens,
         )
         self._journal.add(_IDEAL, 0, date=provenance()["date"], **found)
@@ -249,17 +268,12 @@ def write_pictures(found: dict[str, Any], output: Path) -> None:
     write_text(output / PAGE, render(found))
     print(f"report: {output / PAGE}", flush=True)
     if find_spec("matplotlib") is None:
-        print('no charts: matplotlib is not installed (pip install "vllm-msd[bench]")', flush=True)
+        print("no charts: matplotlib is not installed (pip install matplotlib)", flush=True)
         return
     from vllm_msd.bench.charts import draw
 
     for path in draw(found, output):
         print(f"chart: {path}", flush=True)
-
-
-def _num_requests(settings: BenchSettings, batch: int) -> int:
-    """Requests of a cell: enough that the batch is full for most of the time."""
-    return max(settings.num_prompts, 2 * batch)
 
 
 def _rotated(names: Sequence[str], by: int) -> list[str]:

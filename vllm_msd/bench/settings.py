@@ -1,5 +1,6 @@
 """What a run of the benchmark measures."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,6 @@ QUICK: dict[str, Any] = {
     "num_prompts": 7,
     "max_tokens": 96,
 }
-ENGINES = ("together", "apart")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,15 @@ class BenchSettings:
         """The arms, no speculation first."""
         return parse_arms(list(self.arms))
 
+    def num_requests(self, batch: int) -> int:
+        """Requests of a cell: enough that the batch is full for most of the time."""
+        return max(self.num_prompts, 2 * batch)
+
+    @property
+    def most_requests(self) -> int:
+        """Those of the largest batch, which the others' are the first of."""
+        return max(map(self.num_requests, self.batch))
+
     def check(self) -> None:
         """Raise ConfigError or StorageError for what cannot work, before anything is loaded."""
         arms = self.parsed_arms
@@ -64,8 +72,11 @@ class BenchSettings:
             values = getattr(self, name)
             if not values or len({*values}) < len(values):
                 raise ConfigError(f"--{name}: got {list(values)}, expected some, each once.")
-        if min(self.temperature) < 0:
-            raise ConfigError(f"--temperature: got {min(self.temperature)}, expected 0 or more.")
+        for temperature in self.temperature:
+            if not (math.isfinite(temperature) and temperature >= 0):
+                raise ConfigError(f"--temperature: got {temperature}, expected 0 or more.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed: got {self.seed}, expected 0 or more.")
         if self.passes < 2:
             raise ConfigError(
                 f"--passes: got {self.passes}, expected at least 2: one says nothing about spread."
@@ -79,6 +90,8 @@ class BenchSettings:
             raise ConfigError("--draft: got one without its --target. Give both, or none of them.")
         if self.target is not None and self.wide is not None:
             raise ConfigError("--wide: only the demo pair can be widened. Leave out --target.")
+        if self.data is None and self.image_root:
+            raise ConfigError("--image-root: got folders without --data, whose pictures they hold.")
         check_folder(self.output, "--output")
 
     def about(self) -> dict[str, Any]:

@@ -32,7 +32,11 @@ def closing_table(found: Mapping[str, Any]) -> str:
     head = ("", "tokens/s", "of none", "passes", "a verification", "of the ideal", "identical")
     lines = [f"\n{head[0]:<14}" + "".join(f"{name:>16}" for name in head[1:])]
     for cell in found["cells"]:
-        lines.append(f"batch {cell['batch']}, temperature {cell['temperature']:g}")
+        distinct = cell["arms"][NONE]["distinct_requests"]
+        lines.append(
+            f"batch {cell['batch']}, temperature {cell['temperature']:g}: {distinct} distinct "
+            "requests, counted anew in each pass"
+        )
         for name, one in cell["arms"].items():
             low, high = min(one["speedup_per_pass"]), max(one["speedup_per_pass"])
             columns = (

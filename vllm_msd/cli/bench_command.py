@@ -3,8 +3,12 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_msd.cli.arguments import positive
+
+if TYPE_CHECKING:
+    from vllm_msd.bench.settings import BenchSettings
 
 _EXAMPLES = """examples:
   the demo pair, in a few minutes; the page is bench/report.html:
@@ -19,7 +23,8 @@ _EXAMPLES = """examples:
   the same requests for vLLM's own load generator:
     vllm-msd bench --data questions.json --write-requests requests.jsonl
     vllm bench serve --backend openai-chat --endpoint /v1/chat/completions \\
-        --dataset-name custom_image --dataset-path requests.jsonl --model MODEL
+        --dataset-name custom_image --dataset-path requests.jsonl --disable-shuffle \\
+        --num-prompts 128 --model MODEL
 
   going on after a kill, or making the page again: the same command
 """
@@ -71,7 +76,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--num-prompts", type=positive, metavar="N",
-        help="requests of each batch size, at least twice the batch (default: 21)",
+        help="requests of each batch size (default: 21), but at least twice the batch; where the "
+        "data have fewer, they come again",
     )  # fmt: skip
     parser.add_argument(
         "--max-tokens", type=positive, metavar="N",
@@ -83,7 +89,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: the model's; float32 for the demo pair, and where a CPU emulates bfloat16",
+        help="default: on a GPU the model's, on a CPU bfloat16 where the processor has it, else "
+        "float32; float32 for the demo pair that is not widened",
     )
     parser.add_argument(
         "--engines",
@@ -111,8 +118,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "--write-requests",
         type=Path,
         metavar="FILE",
-        help="measure nothing: write the requests for `vllm bench serve --dataset-name "
-        "custom_image` (.jsonl)",
+        help="measure nothing: write the requests of the largest batch, as .jsonl, for `vllm bench "
+        "serve --dataset-name custom_image`",
     )
     parser.add_argument(
         "--force",
@@ -135,8 +142,7 @@ def run_bench(args: argparse.Namespace) -> int:
         return _write_requests(settings, args.write_requests)
     from vllm_msd.measure.engine import restart_tuned
 
-    is_local = settings.target is None or Path(settings.target).expanduser().is_dir()
-    if not is_local:  # which the restarted process would not ask
+    if not is_local(settings):  # which the restarted process would not ask
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
     restart_tuned()
     import torch
@@ -152,13 +158,36 @@ def run_bench(args: argparse.Namespace) -> int:
     return 1 if any(one["differing"] for arms in greedy for one in arms.values()) else 0
 
 
-def _write_requests(settings, path: Path) -> int:
+def is_local(settings: "BenchSettings") -> bool:
+    """Whether nothing has to be asked of the hub: target and draft are folders, or the demo pair's.
+
+    Raises:
+        ConfigError: no draft belongs to the target, and an arm needs one.
+    """
+    if settings.target is None:
+        return True
+    used = [settings.target]
+    if any(arm.is_msd for arm in settings.parsed_arms):
+        from vllm_msd.vllm_plugin.configuration.resolve import find_draft
+
+        used.append(find_draft(os.path.expanduser(settings.target), settings.draft))
+    return all(os.path.isdir(os.path.expanduser(name)) for name in used)
+
+
+def _write_requests(settings: "BenchSettings", path: Path) -> int:
     from vllm_msd.bench.data import load_requests
     from vllm_msd.bench.serving_file import write_requests
+    from vllm_msd.errors import ConfigError
     from vllm_msd.storage import check_file
 
+    path = path.expanduser()
+    if path.suffix != ".jsonl":
+        raise ConfigError(
+            f"--write-requests: got {path.name}, expected a name that ends in .jsonl, which is all "
+            "that `vllm bench serve` reads."
+        )
     check_file(path, "--write-requests")
-    requests = load_requests(settings.data, settings.image_root, settings.num_prompts)
+    requests = load_requests(settings.data, settings.image_root, settings.most_requests)
     write_requests(path, requests.samples)
     print(f"{path}: {len(requests.samples)} requests from {requests.source}")
     return 0

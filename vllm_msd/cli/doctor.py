@@ -323,7 +323,8 @@ def costs(target: str) -> Iterator[Finding]:
         found += 1
         nodes, depth, top_k = key["shape"]
         what = f"chain of {nodes}" if top_k == 1 else f"tree {nodes}, {depth}, {top_k}"
-        name = f"{what}, {key['dtype'].removeprefix('torch.')}"
+        most = max(requests for requests, _, _ in table.step)
+        name = f"{what}, {key['dtype'].removeprefix('torch.')}, measured to batch {most}"
         yield Finding("costs", name, table.gist())
     if not found:
         value = "none measured yet: the first server without given sizes does, at its start"

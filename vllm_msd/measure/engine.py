@@ -220,6 +220,11 @@ class Engine:
         """vLLM's model runner, for experiments that look inside."""
         return self.llm.model_executor.driver_worker.worker.model_runner
 
+    @property
+    def dtype(self) -> str:
+        """What the target is computed in: ``auto`` is settled when the engine has started."""
+        return str(self.llm.vllm_config.model_config.dtype).removeprefix("torch.")
+
     def step(self) -> tuple[list[Any], Any]:
         """One engine step: vLLM's outputs, and its figures of speculation (None: no drafts)."""
         self._record.take()

@@ -79,11 +79,24 @@ class Journal:
                 + "\nTake back what differs, give another --output, or forget it with --force."
             )
         if differences:  # a run that has done nothing is no loss
-            self._places.clear()
-            self._file.truncate(0)
-            self._file.seek(0)
-            self._file.write(_line(about).encode())
-            self._file.flush()
+            self._begin(about)
+
+    def _begin(self, about: dict[str, Any]) -> None:
+        self._places.clear()
+        self._file.truncate(0)
+        self._file.seek(0)
+        self._file.write(_line(about).encode())
+        self._file.flush()
+
+    def forget(self, about: dict[str, Any]) -> None:
+        """Begin anew, whatever was done; ``about`` as at the start.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with storage_errors(self.path):
+            self._begin(about)
+        self.resumed = 0
 
     def __contains__(self, key: tuple[int, int]) -> bool:
         return key in self._places

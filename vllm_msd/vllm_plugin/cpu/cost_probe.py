@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SECONDS = 9.0  # for all shapes
 REPEATS = 3
 CONTEXT = 64  # rows that each made-up request has behind it
-REQUESTS = (1, 4, 16, 64)
+REQUESTS = (1, 4, 16, 64)  # and the most that the engine runs, if that is below the last
 TOKEN = 1  # of prompts whose text does not matter
 
 logger = init_logger("vllm.vllm_msd")
@@ -69,6 +69,8 @@ def _argmax(values: list[float]) -> int:
 def table_key(vllm_config: Any, shape: TreeConfig) -> dict[str, Any]:
     """What a table holds for: it is not used for anything else."""
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    scheduler = vllm_config.scheduler_config
+    requests = min(scheduler.max_num_seqs, max(REQUESTS))
     return {
         "machine": {**machine(), "preloaded": os.environ.get("LD_PRELOAD", "")},
         "model": str(model.model),
@@ -82,6 +84,9 @@ def table_key(vllm_config: Any, shape: TreeConfig) -> dict[str, Any]:
         "parallelism": vllm_config.parallel_config.world_size,
         "compiled": str(vllm_config.compilation_config.mode),
         "shape": [shape.num_nodes, shape.depth, shape.top_k],
+        # They bound the points of the table; more of either than the points have changes nothing.
+        "requests": requests,
+        "rows": min(scheduler.max_num_batched_tokens, requests * (1 + shape.num_nodes)),
         "versions": versions(),
     }  # fmt: skip
 
@@ -128,11 +133,12 @@ def _points(runner: TreeModelRunner, shape: TreeConfig) -> list[tuple[int, int]]
     """Requests and nodes of the steps to time, the smallest first."""
     scheduler = runner.vllm_config.scheduler_config
     nodes = sorted({0, min(2, shape.num_nodes), shape.num_nodes // 2, shape.num_nodes})
+    most = min(scheduler.max_num_seqs, max(REQUESTS))
     points = [
         (requests, count)
-        for requests in REQUESTS
+        for requests in sorted({*REQUESTS, most})
         for count in nodes
-        if requests <= scheduler.max_num_seqs
+        if requests <= most
         and requests * (1 + count) <= scheduler.max_num_batched_tokens
         and requests * _blocks(runner, shape) < runner.kv_cache_config.num_blocks
     ]
