@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from vllm_msd.demo.real.pair import real_target
+from vllm_msd.measure.engine import timed_dtype
 from vllm_msd.storage import write_json
 
 from .prompts import write_prompts
@@ -21,10 +22,9 @@ from .prompts import write_prompts
 SETTINGS = Path(__file__).with_name("draft.yaml")
 TEMPERATURES = (0.0, 0.7, 1.0)
 MAX_TOKENS = 160  # of a reply
-# One thread to an engine and several engines use cores better than one engine with several.
 ENGINE = (
     "--max-model-len 1024 --max-num-seqs 128 --gpu-memory-utilization 0.2 --enforce-eager "
-    "--limit-mm-per-prompt.image 0"
+    "--limit-mm-per-prompt.image 0 --dtype "
 )
 
 
@@ -38,7 +38,7 @@ def regenerate_command(data: Path, output: Path, target: Path, temperature: floa
     return [
         *("regenerate", "--data", str(data), "--output", str(output), "--target", str(target)),
         *("--temperature", str(temperature), "--max-tokens", str(MAX_TOKENS)),
-        *("--concurrency", "128", f"--engine-args={ENGINE}"),
+        *("--concurrency", "128", f"--engine-args={ENGINE}{timed_dtype()}"),
     ]
 
 
@@ -75,7 +75,9 @@ def main() -> None:
         prog="python -m demo_factory.real.draft", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output", type=Path, default=Path("build/real"), help="folder")
-    parser.add_argument("--prompts", type=int, default=9600, help="to answer")
+    parser.add_argument(
+        "--prompts", type=int, default=4800, help="to answer (default: %(default)s)"
+    )
     parser.add_argument("--replies", type=int, default=0, help="to train on (default: all)")
     args = parser.parse_args()
     target = real_target(lambda line: print(line, file=sys.stderr, flush=True))
@@ -87,11 +89,13 @@ def main() -> None:
         part = args.output / f"replies-first-{args.replies}.json"
         write_json(part, json.loads(data.read_text("utf-8"))[: args.replies])
         data, run = part, args.output / f"run-{args.replies}"
+    in_fp32 = timed_dtype() == "float32"  # a processor that emulates bf16 is far slower in it
     _run(
         [
             *("train", "--config", str(SETTINGS), "--target", str(target)),
             *("--text-data", str(data), "--output", str(run)),
             *("--cache-features", str(args.output / "features")),
+            *(("--target-dtype", "float32", "--precision", "no") if in_fp32 else ()),
         ]
     )
 
