@@ -5,7 +5,7 @@ import json
 import pytest
 
 from demo_factory import held_out
-from vllm_msd.demo.samples import FOLDER, INDEX, KIND_NAMES, held_out_samples
+from vllm_msd.demo.samples import FOLDER, INDEX, WORLD_KINDS, held_out_samples
 from vllm_msd.demo.scoring import score
 from vllm_msd.errors import ConfigError
 
@@ -20,7 +20,7 @@ def test_samples_are_the_generators():
 
 def test_kinds_take_turns_and_answers_are_right():
     samples = held_out_samples(14)
-    assert [one.kind for one in samples] == [*KIND_NAMES] * 2
+    assert [one.kind for one in samples] == [*WORLD_KINDS] * 2
     for one in samples:
         assert score(one, one.answer) == 1 and score(one, "I cannot say.") == 0
         parts = [part["type"] for message in one.prompt for part in message["content"]]

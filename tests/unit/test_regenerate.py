@@ -284,7 +284,8 @@ def test_a_wrong_key_address_or_model_ends_the_run_at_once(settings, server, mon
         server.respond = lambda body, status=status: error(status, "not you")
         with pytest.raises(ConfigError, match=f"refuses every request: {status} not you"):
             regenerate(settings)
-        assert len(server.asked) <= settings.concurrency
+        # What the run before had under way may arrive late.
+        assert len(server.asked) < 2 * settings.concurrency < COUNT
     assert server.headers_seen["Authorization"] == "Bearer a key"
     with pytest.raises(ConfigError, match="expected a list of models"):
         regenerate(replace(settings, server=server.url + "/elsewhere"))

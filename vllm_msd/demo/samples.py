@@ -12,7 +12,7 @@ from vllm_msd.measure.inputs import Sample
 
 FOLDER = Path(__file__).parent / "pair" / "samples"
 INDEX = "samples.json"
-KIND_NAMES = {
+WORLD_KINDS = {
     "vqa": "Visual questions",
     "textvqa": "Reading text",
     "caption": "Captions",
@@ -20,9 +20,9 @@ KIND_NAMES = {
     "reasoning": "Reasoning",
     "conversation": "Conversation",
     "text": "Text only",
-    "chat": "Chat",
-    "question": "Questions",
 }
+# With those of the real language model's prompts.
+KIND_NAMES = {**WORLD_KINDS, "chat": "Chat", "question": "Questions"}
 
 
 @dataclass
