@@ -55,7 +55,7 @@ def real(name: str, result: dict[str, Any]) -> str:
             "## A real language model",
             f"{NAME}-Instruct as the language model of a LLaVA, at its own size, and the draft "
             "that comes with the package; held-out prompts by people, answers of at most "
-            f"{settings['max_tokens']} tokens, {SHORT[result['dtype']]}. Speeds count prompts, too:",
+            f"{settings['max_tokens']} tokens, {SHORT[result['dtype']]}. Speeds count the prompts:",
             table(
                 [
                     *("temperature", "requests at a time", "drafting", "tokens/s", "speed-up"),
