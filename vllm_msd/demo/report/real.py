@@ -63,6 +63,5 @@ def real_section(real: Any) -> str:
         "at its own size: nothing is widened here. Its draft was trained on replies of its own; it "
         "answers prompts by people that training never saw. It has seen no pictures.</p>"
         f'<div class="tiles">{"".join(tiles)}</div><div class="panels">{panels}</div>'
-        "<h3>Some of its answers</h3>"
-        + "".join(card(one) for one in real.answers[:SHOWN])
+        "<h3>Some of its answers</h3>" + "".join(card(one) for one in real.answers[:SHOWN])
     )
