@@ -27,6 +27,7 @@ WORDS = range(3, 121)  # of a prompt
 LONG_CHATS = 0.5  # the share of longer chats whose first two questions stay together
 HELD_OUT = {"chat": 20, "question": 5}  # one in so many
 SEED = 0
+RECORDS, HELD_OUT_RECORDS = 16_000, 400  # at most
 
 Record = dict[str, Any]
 
@@ -95,9 +96,6 @@ def pick(rows: list[Record], count: int) -> list[Record]:
     chosen = few + rest
     rng.shuffle(chosen)
     return chosen
-
-
-RECORDS, HELD_OUT_RECORDS = 16_000, 400  # at most
 
 
 def write_prompts(

@@ -3,17 +3,15 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from vllm_msd.bench.arms import NONE, Arm
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.errors import ConfigError
 from vllm_msd.measure.engine import Engine, timed_dtype
-from vllm_msd.measure.inputs import Sample
+from vllm_msd.measure.inputs import Sample, warm_up_of
 
 USUAL_LENGTH = 4096  # of a request with its images, where the model takes so much
 _ROOM = 1024  # tokens that each running request has room for on a CPU, and one of full length
@@ -67,7 +65,7 @@ class Engines:
     def __init__(self, settings: BenchSettings, models: Models, samples: Sequence[Sample]) -> None:
         self._settings, self._models = settings, models
         self._arms = {arm.name: arm for arm in settings.parsed_arms}
-        self._warm_up = _blank(samples)
+        self._warm_up = warm_up_of(samples)
         self._options = _options(settings, models, samples)
         self._open: dict[str, Engine] = {}
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -134,12 +132,6 @@ def _first_reason(error: ValueError) -> str:
     if callable(details) and (found := details()):
         return str(found[0].get("msg", error)).removeprefix("Value error, ")
     return str(error)
-
-
-def _blank(samples: Sequence[Sample]) -> Sample:
-    """A request as they come, with blank images."""
-    sample = next((one for one in samples if one.images), samples[0])
-    return replace(sample, images=[Image.new("RGB", image.size) for image in sample.images])
 
 
 def _options(settings: BenchSettings, models: Models, samples: Sequence[Sample]) -> dict[str, Any]:

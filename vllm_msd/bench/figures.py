@@ -11,6 +11,7 @@ from vllm_msd.bench.arms import NONE, Arm
 from vllm_msd.bench.drive import Cell, Reply
 from vllm_msd.bench.ideal import Bounds, shares
 from vllm_msd.bench.ties import Difference
+from vllm_msd.measure.compare import acceptance_figures
 
 NOT_SLOWER = 0.97  # of no speculation: below it an arm counts as slower
 
@@ -92,23 +93,12 @@ def _arm(
 
 
 def _acceptance(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Over all verifications; ``acceptance_length`` counts the target's own token, too."""
-    verifications = sum(cell.verifications for cell in cells)
-    accepted = sum(cell.accepted for cell in cells)
-    drafted = sum(cell.drafted for cell in cells)
-    depths = max(len(cell.accepted_by_depth) for cell in cells)
-    by_depth = [
-        sum(cell.accepted_by_depth[depth] for cell in cells if depth < len(cell.accepted_by_depth))
-        for depth in range(depths)
-    ]
-    return {
-        "verifications": verifications,
-        "drafted": drafted,
-        "accepted": accepted,
-        "acceptance_length": 1 + accepted / verifications if verifications else None,
-        "acceptance_rate": accepted / drafted if drafted else None,
-        "acceptance_rate_per_position": [n / verifications for n in by_depth if verifications],
-    }
+    return acceptance_figures(
+        sum(cell.verifications for cell in cells),
+        sum(cell.drafted for cell in cells),
+        sum(cell.accepted for cell in cells),
+        [cell.accepted_by_depth for cell in cells],
+    )
 
 
 def _latency(replies: Sequence[Reply]) -> dict[str, float | None]:

@@ -2,14 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vllm_msd.measure.engine import Answer, Drafting, Engine
-from vllm_msd.measure.inputs import Pair, Sample
+from vllm_msd.measure.inputs import Pair, Sample, warm_up_of
 
 # The name of the engine without a draft among the engines compared.
 PLAIN = "plain"
@@ -75,7 +74,7 @@ def compare(
         if share_weights:
             engines[name].share_target(engines[PLAIN])
     for engine in engines.values():  # the first request pays for lazy set-up
-        engine.answer(_warm_up(samples), 16)
+        engine.answer(warm_up_of(samples), 16)
     on_start()
     names = list(engines)
     comparisons: list[Comparison] = []
@@ -95,12 +94,6 @@ def compare(
     return comparisons
 
 
-def _warm_up(samples: Sequence[Sample]) -> Sample:
-    """A request as they come, with blank images: vLLM's caches shall hold none that is measured."""
-    sample = next((one for one in samples if one.images), samples[0])
-    return replace(sample, images=[Image.new("RGB", image.size) for image in sample.images])
-
-
 def by_kind(comparisons: Iterable[Any]) -> dict[str, list[Any]]:
     """What has a ``sample``, by its kind, in order of appearance."""
     groups: dict[str, list[Any]] = {}
@@ -110,26 +103,36 @@ def by_kind(comparisons: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def acceptance(answers: Iterable[Answer]) -> dict[str, Any]:
-    """Acceptance over all verifications: ``acceptance_length`` is tokens per verification.
+    """Acceptance over all verifications of these answers, see `acceptance_figures`."""
+    answers = list(answers)
+    return acceptance_figures(
+        sum(a.num_drafts for a in answers),
+        sum(a.num_draft_tokens for a in answers),
+        sum(a.num_accepted_tokens for a in answers),
+        [a.accepted_per_position for a in answers],
+    )
+
+
+def acceptance_figures(
+    verifications: int, drafted: int, accepted: int, by_position: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """``acceptance_length`` is tokens per verification.
 
     The target's own token (the bonus) counts, so 1 means that no draft was ever accepted.
+
+    Args:
+        verifications, drafted, accepted: their number, and tokens.
+        by_position: verifications that accepted a token at position 1, 2, ..., of each part; one
+            without any may be shorter.
     """
-    answers = list(answers)
-    drafts = sum(a.num_drafts for a in answers)
-    drafted = sum(a.num_draft_tokens for a in answers)
-    accepted = sum(a.num_accepted_tokens for a in answers)
-    positions = max((len(a.accepted_per_position) for a in answers), default=0)
-    per_position = [0] * positions
-    for a in answers:
-        for index, count in enumerate(a.accepted_per_position):
-            per_position[index] += count
+    counts = [sum(column) for column in zip_longest(*by_position, fillvalue=0)]
     return {
-        "verifications": drafts,
+        "verifications": verifications,
         "drafted": drafted,
         "accepted": accepted,
-        "acceptance_length": 1 + accepted / drafts if drafts else None,
+        "acceptance_length": 1 + accepted / verifications if verifications else None,
         "acceptance_rate": accepted / drafted if drafted else None,
-        "acceptance_rate_per_position": [n / drafts for n in per_position] if drafts else [],
+        "acceptance_rate_per_position": [n / verifications for n in counts if verifications],
     }
 
 

@@ -1,6 +1,7 @@
 """What is measured: a target with its draft, and the requests it answers."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,9 @@ class Sample:
     images: list[Image.Image]
     prompt: list[dict[str, Any]]
     kind: str
+
+
+def warm_up_of(samples: Sequence[Sample]) -> Sample:
+    """A request as they come, with blank images: vLLM's caches shall hold none that is measured."""
+    sample = next((one for one in samples if one.images), samples[0])
+    return replace(sample, images=[Image.new("RGB", image.size) for image in sample.images])
