@@ -28,7 +28,7 @@ class ScriptedDepth:
     def __init__(self, depths: tuple[int, ...], most: int) -> None:
         self._depths, self._most = cycle(depths), most
 
-    def next(self, requests: int) -> Any:
+    def next(self, requests: int, row_seconds: float) -> Any:
         from vllm_msd.budget import DraftPlan
 
         return DraftPlan(min(next(self._depths), self._most))
@@ -91,7 +91,9 @@ def answers(engine: Any) -> dict[str, Any]:
         tiny.prompt(KIND, "look at {} and at {}, too", pictures[1:]),
     ]
     seeded = [
-        SamplingParams(temperature=0.9, top_p=0.9, max_tokens=24, ignore_eos=True, seed=seed)
+        SamplingParams(
+            temperature=0.9, top_p=0.9, max_tokens=24, ignore_eos=True, seed=seed, logprobs=seed
+        )
         for seed in range(len(prompts))
     ]
     constrained = greedy(max_tokens=20, repetition_penalty=1.1)
@@ -101,7 +103,10 @@ def answers(engine: Any) -> dict[str, Any]:
     }
     return {
         name: [
-            list(output.outputs[0].token_ids)
+            [
+                list(output.outputs[0].token_ids),
+                [sorted(likeliest) for likeliest in output.outputs[0].logprobs or ()],
+            ]
             for output in engine.generate(*requests, use_tqdm=False)
         ]
         for name, requests in asked.items()
@@ -140,6 +145,7 @@ def auto_drafting(runner: str, target: str, draft: str, wrong_draft: str) -> dic
         require_runner(engine, runner)
         drafter = drafter_of(engine)
         report["points"] = len(drafter.costs.step)
+        report["drawing"] = dict(drafter.costs.drawing)
         report["left_over"] = len(drafter.runner.requests) + drafter.backlog.num_rows
         watch = Watch(drafter)
         case("as measured", engine, watch)

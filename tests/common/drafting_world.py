@@ -29,10 +29,14 @@ def costs(step: float, request: float, row: float, prefill: float, level: float)
 
 @dataclass
 class World:
-    """``truth`` maps a level's own probability to its chance of being accepted."""
+    """``truth`` maps a level's own probability to its chance of being accepted.
+
+    ``row_seconds``: what drawing adds to each row.
+    """
 
     costs: CostTable
     truth: Callable[[np.ndarray], np.ndarray]
+    row_seconds: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def draft(self, requests: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,6 +50,7 @@ class World:
         return float(
             self.costs.step_seconds(requests, rows)
             + self.costs.draft_seconds(requests, rows, depth)
+            + self.row_seconds * rows
         )
 
     def fixed(self, length: int, requests: int, steps: int) -> float:
@@ -79,7 +84,7 @@ class Auto:
         return [self.step(requests) for requests in load]
 
     def step(self, requests: int) -> Step:
-        plan = self.chooser.next(requests)
+        plan = self.chooser.next(requests, self.world.row_seconds)
         paths, right = self.world.draft(requests)
         paths = paths[:, : plan.depth]
         for path in paths:
@@ -89,6 +94,7 @@ class Auto:
             self.world.costs,
             plan.depth,
             at_least=PROBED_NODES if plan.is_probe else 0,
+            row_seconds=self.world.row_seconds,
         )
         accepted = int(sum(a[:n].sum() for a, n in zip(right, lengths, strict=True)))
         verified = [(p[:n], a[:n]) for p, a, n in zip(paths, right, lengths, strict=True)]

@@ -40,6 +40,7 @@ def test_costs_between_and_beyond_what_was_measured():
         ((1, 1, 1.0), (1, 5, 2.0), (1, 9, 1.5), (4, 4, 3.0), (4, 8, 5.0)),
         ((1, 0.5), (11, 1.5)),
         ((1, 0.2), (2, 0.4)),
+        (("drawn", 0.3), ("top-p", 0.7)),
     )
     rows = [1, 3, 5, 9, 17]  # a larger step never costs less than a smaller one
     np.testing.assert_allclose(table.step_seconds(1, rows), [1, 1.5, 2, 2, 2])
@@ -48,12 +49,16 @@ def test_costs_between_and_beyond_what_was_measured():
     np.testing.assert_allclose(table.step_seconds(2, [5]), [2 + (3.5 - 2) / 3])
     assert table.draft_seconds(4, 6, 0) == 0
     assert table.draft_seconds(4, 6, 3) == pytest.approx(1.0 + 2 * 0.8)
+    assert [table.row_seconds(way) for way in ("greedy", "drawn", "top-p")] == [0, 0.3, 0.7]
+    assert CostTable.from_dict(table.to_dict()) == table
 
 
 @pytest.mark.parametrize("points", [(), ((1, 1, float("nan")),), ((1, 1, -0.1),)])
 def test_costs_that_are_none(points):
     with pytest.raises(ValueError, match="costs: got"):
         CostTable(points, ((1, 0.5),), ((1, 0.5),))
+    with pytest.raises(ValueError, match="costs: got"):
+        CostTable(((1, 1, 1.0),), ((1, 0.5),), ((1, 0.5),), (("drawn", -0.1),))
 
 
 def test_stale_and_damaged_tables_are_not_used(tmp_path):
@@ -124,16 +129,18 @@ def test_prior_that_is_none(value):
 def test_lengths_are_the_best_of_all_combinations():
     rng = np.random.default_rng(2)
     seen = set()
-    for _ in range(60):
+    for trial in range(80):
         worths = [np.sort(rng.random(rng.integers(0, 4)))[::-1] ** 2 for _ in range(3)]
         table = costs(0.05, 0.001, rng.choice([0.001, 0.02, 0.2]), 0.01, 0.004)
-        found = prefix_lengths(worths, table, depth=3)
+        drawing = 0.02 if trial % 4 == 0 else 0.0
+        found = prefix_lengths(worths, table, depth=3, row_seconds=drawing)
         every = np.stack(np.meshgrid(*(np.arange(len(w) + 1) for w in worths)), -1).reshape(-1, 3)
 
-        def of(lengths, worths=worths, table=table):
+        def of(lengths, worths=worths, table=table, drawing=drawing):
             tokens = 3 + sum(w[:n].sum() for w, n in zip(worths, lengths, strict=True))
             rows = 3 + sum(lengths)
-            return tokens / (table.step_seconds(3, rows) + table.draft_seconds(3, rows, 3))
+            seconds = table.step_seconds(3, rows) + table.draft_seconds(3, rows, 3)
+            return tokens / (seconds + drawing * rows)
 
         assert of(found) == pytest.approx(max(map(of, every)))
         seen.add(sum(found))
@@ -180,6 +187,20 @@ def test_close_to_the_best_fixed_size(table, truth, requests):
     best, length = world.best_fixed(requests)
     steps = Auto(world).run([requests] * 400)
     assert rate(steps[50:]) > 0.95 * best, length  # 1 or 2 % of it is chance
+
+
+def test_rows_that_cost_more_to_draw_are_verified_less():
+    """The same engine with greedy and with drawn requests, in turns."""
+    world = World(CHEAP_ROWS, honest)
+    auto = Auto(world)
+    auto.run([16] * 60)
+    nodes = {}
+    for world.row_seconds in (0.0, 0.01, 0.0):
+        best, _ = world.best_fixed(16)
+        steps = auto.run([16] * 150)
+        assert rate(steps) > 0.95 * best
+        nodes[world.row_seconds] = sum(step.nodes for step in steps)
+    assert nodes[0.01] < 0.5 * nodes[0.0]
 
 
 def test_the_best_size_differs_between_these_loads():

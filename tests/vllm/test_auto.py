@@ -45,6 +45,7 @@ def test_same_tokens(report, name):
 
 def test_costs_were_measured_and_left_nothing_behind(report):
     assert report["points"] >= 6
+    assert report["drawing"].keys() == {"drawn", "top-k", "top-p"}
     assert report["left_over"] == 0 and report["owed_by_finished"] == 0
 
 

@@ -1,4 +1,7 @@
-"""What a step costs: seconds of the target by requests and rows, of the draft by requests."""
+"""What a step costs: seconds of the target by requests and rows, of the draft by requests.
+
+That is with greedy requests; each row that is drawn from costs more, by the way of drawing.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from vllm_msd.storage import write_json
 
-FORMAT = 1
+FORMAT = 2
+GREEDY = "greedy"
 Array = NDArray[np.float64]
 
 
@@ -63,15 +67,19 @@ class CostTable:
             rows in all, sampling and what is around it included, drafting not.
         prefill: ``(rows, seconds)`` of the draft over a step's rows, its first logits included.
         level: ``(requests, seconds)`` of one more level of the draft.
+        drawing: ``(way, seconds)`` that a row of the step costs more where it is drawn so.
     """
 
     step: tuple[tuple[int, int, float], ...]
     prefill: tuple[tuple[int, float], ...]
     level: tuple[tuple[int, float], ...]
+    drawing: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.step:
             raise ValueError("costs: got no steps, expected some (requests, rows, seconds)")
+        if any(not 0 <= seconds < np.inf for _, seconds in self.drawing):
+            raise ValueError(f"costs: got {self.drawing}, expected ways of drawing with seconds")
         _ = self._step, self._prefill, self._level  # refuses what is no number
 
     @cached_property
@@ -106,6 +114,10 @@ class CostTable:
             return np.zeros_like(np.asarray(rows, dtype=float))
         return self._prefill.at(rows) + (depth - 1) * self._level.at(requests)
 
+    def row_seconds(self, way: str) -> float:
+        """Seconds that a row costs more where it is drawn so; 0 where that was not measured."""
+        return dict(self.drawing).get(way, 0.0)
+
     def gist(self) -> str:
         """The table in a few words, in milliseconds."""
         steps = []
@@ -113,9 +125,10 @@ class CostTable:
             one, five = (1e3 * float(self.step_seconds(requests, requests * n)) for n in (1, 5))
             steps.append(f"{requests}: {one:.1f} and {five:.1f}")
         level = 1e3 * float(self._level.at(1))
+        drawing = [f"{way} {1e3 * seconds:.2f}" for way, seconds in self.drawing]
         return (
             f"a step of 1 and of 5 rows each, ms by requests: {', '.join(steps)}; a level of the "
-            f"draft {level:.1f}"
+            f"draft {level:.1f}" + (f"; more for a row {', '.join(drawing)}" if drawing else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,4 +163,4 @@ class CostTable:
             return None
 
 
-_FIELDS = ("step", "prefill", "level")
+_FIELDS = ("step", "prefill", "level", "drawing")

@@ -58,20 +58,23 @@ class DepthChooser:
         # The path probabilities of the nodes at each depth, of the last trees that went so deep.
         self._levels: list[deque[Array]] = [deque(maxlen=REMEMBERED) for _ in range(shape.depth)]
         self._expected = expected_tree(shape, prior.by_depth)
-        self._plans: dict[int, int] = {}
+        self._plans: dict[tuple[int, float], int] = {}
         self._planned = 0
         self._until_probe = 0
         self._interval = FIRST_PROBE
 
-    def next(self, requests: int) -> DraftPlan:
-        """What to draft for the next step of ``requests`` requests; called once a step."""
+    def next(self, requests: int, row_seconds: float = 0.0) -> DraftPlan:
+        """What to draft for the next step of ``requests`` requests; called once a step.
+
+        ``row_seconds``: that each row of the step costs beside the table.
+        """
         if self._planned == 0:
             self._plans.clear()
             self._planned = PLANNED_FOR
         self._planned -= 1
-        depth = self._plans.get(requests)
+        depth = self._plans.get((requests, row_seconds))
         if depth is None:
-            depth = self._plans[requests] = self._best(requests)
+            depth = self._plans[requests, row_seconds] = self._best(requests, row_seconds)
         self._until_probe -= 1
         if self._until_probe >= 0 or depth == self._shape.depth:
             return DraftPlan(depth)
@@ -99,7 +102,7 @@ class DepthChooser:
             self._until_probe = min(self._until_probe, FIRST_PROBE)
             self._plans.clear()
 
-    def rates(self, requests: int) -> list[float]:
+    def rates(self, requests: int, row_seconds: float = 0.0) -> list[float]:
         """Expected tokens per second when drafting 0, 1, ... levels."""
         if self._levels[-1]:
             nodes = [np.concatenate(trees) for trees in self._levels]
@@ -115,10 +118,12 @@ class DepthChooser:
         rates = []
         for depth in range(self._shape.depth + 1):
             these = depths <= depth
-            rates.append(best_rate(worths[these], counts[these], requests, self._costs, depth))
+            rates.append(
+                best_rate(worths[these], counts[these], requests, self._costs, depth, row_seconds)
+            )
         return rates
 
-    def _best(self, requests: int) -> int:
-        none, *drafting = self.rates(requests)
+    def _best(self, requests: int, row_seconds: float) -> int:
+        none, *drafting = self.rates(requests, row_seconds)
         best = int(np.argmax(drafting))
         return best + 1 if drafting[best] > MARGIN * none else 0

@@ -14,6 +14,7 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from vllm_msd.budget import (
     AcceptancePrior,
@@ -23,6 +24,7 @@ from vllm_msd.budget import (
     DraftPlan,
     prefix_lengths,
 )
+from vllm_msd.budget.costs import GREEDY
 from vllm_msd.budget.depth import PROBED_NODES
 from vllm_msd.tree import DraftTree, TreeConfig, TreeShape
 from vllm_msd.vllm_plugin.configuration.tree_settings import auto_shapes
@@ -176,7 +178,7 @@ class AutoProposer(TreeProposer):
             return DraftPlan(self.forced.depth)
         if not any(self.limits):
             return DraftPlan(0)
-        plan = self.chooser.next(requests)
+        plan = self.chooser.next(requests, self._row_seconds())
         if plan.depth == 0:
             self.tally.add(0, [])
         return plan
@@ -196,9 +198,14 @@ class AutoProposer(TreeProposer):
             self.costs,
             self.plan.depth,
             at_least=PROBED_NODES if self.plan.is_probe else 0,
+            row_seconds=self._row_seconds(),
         )
         self.tally.add(probabilities.shape[1], lengths)
         return lengths
+
+    def _row_seconds(self) -> float:
+        """What drawing adds to each row of the coming step."""
+        return self.costs.row_seconds(way_of_drawing(self.runner.input_batch))
 
     def _reads_prompts(self) -> bool:
         """Whether the step has rows of a prompt, which may show images: they are read at once."""
@@ -248,6 +255,15 @@ class AutoProposer(TreeProposer):
         )
         tokens, hidden = (torch.cat([getattr(r, x) for r in rows]) for x in ("tokens", "hidden"))
         self._run_level(tokens, hidden, at, attention, None)
+
+
+def way_of_drawing(batch: InputBatch) -> str:
+    """How the rows of a step become tokens: one request's way is done to all rows."""
+    if batch.all_greedy:
+        return GREEDY
+    if not batch.no_top_p:
+        return "top-p"
+    return "drawn" if batch.no_top_k else "top-k"
 
 
 def _cut(config: TreeConfig, depth: int) -> TreeShape:

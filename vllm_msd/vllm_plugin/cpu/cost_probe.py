@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_msd.budget import CostTable, choose_shape
+from vllm_msd.budget.costs import GREEDY
 from vllm_msd.errors import StorageError
 from vllm_msd.provenance import machine, versions
 from vllm_msd.tree import TreeConfig
@@ -32,6 +33,9 @@ SECONDS = 9.0  # for all shapes
 REPEATS = 3
 CONTEXT = 64  # rows that each made-up request has behind it
 REQUESTS = (1, 4, 16, 64)  # and the most that the engine runs, if that is below the last
+# Ways of drawing, see `way_of_drawing`, and how often their steps take turns with greedy ones.
+DRAWING = {"drawn": {}, "top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}}
+TURNS = 2
 TOKEN = 1  # of prompts whose text does not matter
 
 logger = init_logger("vllm.vllm_msd")
@@ -126,7 +130,22 @@ def measure(runner: TreeModelRunner, shape: TreeConfig, seconds: float) -> CostT
             last = max(last, (target, rows))
             if time.perf_counter() > until:
                 break
-    return CostTable(tuple(step), tuple(prefill), tuple(level))
+    drawing = _drawing_costs(runner, shape)
+    return CostTable(tuple(step), tuple(prefill), tuple(level), tuple(drawing.items()))
+
+
+def _drawing_costs(runner: TreeModelRunner, shape: TreeConfig) -> dict[str, float]:
+    """Seconds that a row costs more in a step that draws, by the way of drawing."""
+    requests, nodes = max(p for p in _points(runner, shape) if p[0] <= 4)
+    forced = Forced(shape, min(nodes, shape.depth), nodes)
+    best: dict[str, float] = {}
+    for _ in range(TURNS):
+        for way, settings in {GREEDY: {"temperature": 0.0}, **DRAWING}.items():
+            params = SamplingParams(**{"temperature": 1.0, **settings})
+            for seconds, *_ in _timed(runner, requests, forced, params):
+                best[way] = min(seconds, best.get(way, seconds))
+    greedy, rows = best.pop(GREEDY), requests * (1 + nodes)
+    return {way: max(seconds - greedy, 0.0) / rows for way, seconds in best.items()}
 
 
 def _points(runner: TreeModelRunner, shape: TreeConfig) -> list[tuple[int, int]]:
@@ -159,15 +178,19 @@ def _blocks(runner: TreeModelRunner, shape: TreeConfig) -> int:
 
 
 def _timed(
-    runner: TreeModelRunner, requests: int, forced: Forced
+    runner: TreeModelRunner, requests: int, forced: Forced, params: SamplingParams | None = None
 ) -> Iterator[tuple[float, float, float]]:
-    """Seconds of the target, of the draft's reading and of its growing, of a few equal steps."""
+    """Seconds of the target, of the draft's reading and of its growing, of a few equal steps.
+
+    ``params``: of all requests; None: greedy.
+    """
+    params = params or SamplingParams(temperature=0.0)
     drafter: AutoProposer = runner.drafter
     context, positions = _rows_needed(runner, forced.shape)
     ids = [f"msd-cost-{number}" for number in range(requests)]
     drafter.forced = forced
     try:
-        tokens = _run(runner, _first_step(runner, forced.shape, ids, context))
+        tokens = _run(runner, _first_step(runner, forced.shape, ids, context, params))
         computed, said = dict.fromkeys(ids, context), dict.fromkeys(ids, 1)
         for _ in range(REPEATS):
             if max(computed.values()) + 1 + forced.nodes > positions:
@@ -198,7 +221,11 @@ def _run(runner: TreeModelRunner, step: SchedulerOutput) -> dict[str, list[int]]
 
 
 def _first_step(
-    runner: TreeModelRunner, shape: TreeConfig, ids: list[str], context: int
+    runner: TreeModelRunner,
+    shape: TreeConfig,
+    ids: list[str],
+    context: int,
+    params: SamplingParams,
 ) -> SchedulerOutput:
     """New requests, all of whose prompt but the last row counts as read."""
     step = SchedulerOutput.make_empty()
@@ -214,7 +241,7 @@ def _first_step(
                 req_id=req_id,
                 prompt_token_ids=[TOKEN] * context,
                 mm_features=[],
-                sampling_params=SamplingParams(temperature=0.0, max_tokens=positions),
+                sampling_params=params,
                 pooling_params=None,
                 block_ids=blocks,
                 num_computed_tokens=context - 1,

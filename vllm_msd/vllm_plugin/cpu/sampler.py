@@ -35,7 +35,7 @@ class TreeRejectionSampler(RejectionSampler):
 
     Attributes:
         store: the trees.
-        step: the nodes of the step, set before each call; None: as the base class.
+        step: the nodes of the step, set before each call; None where nothing was drafted.
     """
 
     step: StepNodes | None = None
@@ -61,7 +61,10 @@ class TreeRejectionSampler(RejectionSampler):
         """Sampled tokens ``[R, T]`` int32, padded with -1, and their logprobs ``[R * T]``."""
         step = self.step
         if step is None:
-            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+            # Asking the base class would draw once more over the whole vocabulary, for nothing.
+            return self.sampler(
+                logits[metadata.bonus_logits_indices], sampling_metadata, predict_bonus_token=True
+            )
         if draft_probs is not None or self.synthetic_mode:
             raise ValueError("draft trees are accepted exactly and without draft probabilities")
         shown, draws = logits, None
@@ -92,7 +95,9 @@ class TreeRejectionSampler(RejectionSampler):
         self, step: StepNodes, sampling_metadata: SamplingMetadata, logits: Tensor
     ) -> DrawsByDepth:
         """The generators of the seeded requests' nodes."""
-        row = torch.zeros_like(logits[:1])
+        # On a CPU a draw takes one number from its generator, however many words there are; only
+        # draws in float64 take one for each of them.
+        row = torch.zeros_like(logits[:1, : None if self.sampler.use_fp64_gumbel else 1])
         return DrawsByDepth(
             sampling_metadata.generators,
             step.row_start.tolist(),
