@@ -144,8 +144,8 @@ def auto_drafting(runner: str, target: str, draft: str, wrong_draft: str) -> dic
     with running_engine(target, None, **options, speculative_config=config) as engine:
         require_runner(engine, runner)
         drafter = drafter_of(engine)
-        report["points"] = len(drafter.costs.step)
-        report["drawing"] = dict(drafter.costs.drawing)
+        report["points"] = len(drafter.costs.table.step)
+        report["drawing"] = dict(drafter.costs.table.drawing)
         report["left_over"] = len(drafter.runner.requests) + drafter.backlog.num_rows
         watch = Watch(drafter)
         case("as measured", engine, watch)

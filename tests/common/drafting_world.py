@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_msd.budget import Calibration, CostTable, DepthChooser, prefix_lengths
+from vllm_msd.budget import (
+    Calibration,
+    CostTable,
+    DepthChooser,
+    LearnedCosts,
+    prefix_lengths,
+)
 from vllm_msd.budget.depth import PROBED_NODES
 from vllm_msd.tree import TreeConfig
 
@@ -31,12 +37,13 @@ def costs(step: float, request: float, row: float, prefill: float, level: float)
 class World:
     """``truth`` maps a level's own probability to its chance of being accepted.
 
-    ``row_seconds``: what drawing adds to each row.
+    ``row_seconds``: what drawing adds to each row. ``noise``: of a step's seconds, as a share.
     """
 
     costs: CostTable
     truth: Callable[[np.ndarray], np.ndarray]
     row_seconds: float = 0.0
+    noise: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def draft(self, requests: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,12 +79,13 @@ class Step:
 
 
 class Auto:
-    """The budget rule in a world, step by step."""
+    """The budget rule in a world, step by step; ``table``: the costs that it was told."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, table: CostTable | None = None) -> None:
         self.world = world
         self.calibration = Calibration()
-        self.chooser = DepthChooser(SHAPE, world.costs, self.calibration)
+        self.costs = LearnedCosts(table or world.costs)
+        self.chooser = DepthChooser(SHAPE, self.costs, self.calibration)
 
     def run(self, load: Sequence[int]) -> list[Step]:
         """A step for each number of requests."""
@@ -91,7 +99,7 @@ class Auto:
             self.chooser.drafted(plan.depth, path, np.arange(1, plan.depth + 1))
         lengths = prefix_lengths(
             [self.calibration.worth(path) for path in paths],
-            self.world.costs,
+            self.costs,
             plan.depth,
             at_least=PROBED_NODES if plan.is_probe else 0,
             row_seconds=self.world.row_seconds,
@@ -102,8 +110,19 @@ class Auto:
             expected = sum(self.calibration.worth(p).sum() for p, _ in verified)
             self.chooser.probed(expected, accepted)
         self.calibration.observe(*(np.concatenate(x) for x in zip(*verified, strict=True)))
-        seconds = self.world.seconds(requests, sum(lengths), plan.depth)
+        seconds = self._spend(requests, requests + sum(lengths), plan.depth)
         return Step(requests, plan.depth, sum(lengths), requests + accepted, seconds)
+
+    def _spend(self, requests: int, rows: int, depth: int) -> float:
+        """Seconds of the step, which the costs get to see."""
+        world = self.world
+        spread = np.exp(world.noise * world.rng.standard_normal(2))
+        step = float(world.costs.step_seconds(requests, rows)) + world.row_seconds * rows
+        draft = float(world.costs.draft_seconds(requests, rows, depth))
+        self.costs.observe_step(requests, rows, spread[0] * step, world.row_seconds)
+        if depth:
+            self.costs.observe_draft(requests, rows, depth, spread[1] * draft)
+        return step + draft
 
 
 def rate(steps: Sequence[Step]) -> float:

@@ -10,6 +10,7 @@ from vllm_msd.budget import (
     AcceptancePrior,
     Calibration,
     CostTable,
+    LearnedCosts,
     choose_shape,
     expected_tree,
     prefix_lengths,
@@ -212,6 +213,46 @@ def test_the_best_size_differs_between_these_loads():
         for requests in (1, 32)
     }
     assert 0 in sizes and len(sizes) >= 4 and max(sizes) >= DEPTH - 2
+
+
+def test_a_table_made_beside_other_work_is_put_right(monkeypatch):
+    """Each of its points is off by about a quarter; the machine is never quite even."""
+
+    def shares():
+        for table in (costs(0.1, 0.001, 0.004, 0.004, 0.004), DEAR_ROWS):
+            for requests in (1, 16):
+                for seed in range(3):
+                    rng = np.random.default_rng(seed)
+                    told = CostTable(
+                        *(
+                            tuple((*at, s * np.exp(0.25 * rng.standard_normal())) for *at, s in x)
+                            for x in (table.step, table.prefill, table.level)
+                        )
+                    )
+                    world = World(table, lambda p: p**1.5, noise=0.08, rng=rng)
+                    best, _ = world.best_fixed(requests, 1500)
+                    yield rate(Auto(world, told).run([requests] * 500)[200:]) / best
+
+    with_learning = list(shares())
+    monkeypatch.setattr(LearnedCosts, "observe_step", lambda *_: None)
+    without = list(shares())
+    assert min(with_learning) > 0.92 > 0.9 > min(without)
+    assert np.mean(with_learning) > np.mean(without) + 0.01
+
+
+def test_a_machine_that_slows_down_changes_no_size():
+    costs_now = LearnedCosts(DEAR_ROWS)
+    for _ in range(400):
+        costs_now.observe_step(4, 12, 2 * float(DEAR_ROWS.step_seconds(4, 12)))
+        costs_now.observe_draft(4, 12, 3, 2 * float(DEAR_ROWS.draft_seconds(4, 12, 3)))
+    rows = np.array([4, 6, 12, 30])
+    for requests in (1, 4, 32):
+        ratio = costs_now.step_seconds(requests, rows * requests) / DEAR_ROWS.step_seconds(
+            requests, rows * requests
+        )
+        np.testing.assert_allclose(ratio, 2, rtol=0.1)
+    ratio = costs_now.draft_seconds(4, 12, 2) / DEAR_ROWS.draft_seconds(4, 12, 2)
+    assert ratio == pytest.approx(2, rel=0.1)
 
 
 def test_jumps_of_load_settle_within_20_steps():

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_msd.budget.costs import CostTable
-from vllm_msd.budget.rule import best_rate
+from vllm_msd.budget.rule import Costs, best_rate
 from vllm_msd.budget.shapes import expected_tree
 from vllm_msd.budget.worth import USUAL, AcceptancePrior, Calibration
 from vllm_msd.tree.config import TreeConfig
@@ -50,7 +49,7 @@ class DepthChooser:
     def __init__(
         self,
         shape: TreeConfig,
-        costs: CostTable,
+        costs: Costs,
         calibration: Calibration,
         prior: AcceptancePrior = USUAL,
     ) -> None:

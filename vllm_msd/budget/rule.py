@@ -7,18 +7,27 @@ none. Nodes stand best-first, so each request's share is a prefix of them.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-
-from vllm_msd.budget.costs import CostTable
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
 
+class Costs(Protocol):
+    """What `vllm_msd.budget.costs.CostTable` says of steps."""
+
+    def step_seconds(self, requests: int, rows: ArrayLike) -> Array:
+        """Seconds of a step of the target; ``rows``: in all, the same shape comes back."""
+
+    def draft_seconds(self, requests: int, rows: ArrayLike, depth: int) -> Array:
+        """Seconds of drafting ``depth`` levels after such a step."""
+
+
 def prefix_lengths(
     worths: Sequence[Array],
-    costs: CostTable,
+    costs: Costs,
     depth: int = 0,
     at_least: int = 0,
     row_seconds: float = 0.0,
@@ -44,7 +53,7 @@ def prefix_lengths(
 
 
 def best_count(
-    worths: Array, requests: int, costs: CostTable, depth: int, row_seconds: float = 0.0
+    worths: Array, requests: int, costs: Costs, depth: int, row_seconds: float = 0.0
 ) -> int:
     """How many of ``worths [n]``, falling, make the rate highest; the fewest at a tie."""
     tokens = requests + np.concatenate([[0.0], np.cumsum(worths)])
@@ -58,7 +67,7 @@ def best_rate(
     worths: Array,
     counts: Array,
     requests: int,
-    costs: CostTable,
+    costs: Costs,
     depth: int,
     row_seconds: float = 0.0,
 ) -> float:
