@@ -22,6 +22,7 @@ class Results:
 
     cells: by temperature, batch size and arm, one of each pass. kinds: of work, by request; where
     a cell has more requests, they come again. ideal: of `vllm_msd.bench.ideal.measure_ideal`.
+    compared: whether answers say anything; those of random weights do not.
     """
 
     arms: Sequence[Arm]
@@ -29,6 +30,7 @@ class Results:
     kinds: Sequence[str]
     differences: Sequence[Difference]
     ideal: Mapping[str, Any]
+    compared: bool = True
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def summary(results: Results) -> dict[str, Any]:
         "arms": {arm.name: str(arm) for arm in results.arms},
         "cells": cells,
         "differences": [_difference(one) for one in results.differences],
-        "support": _support(cells),
+        "support": _support(cells) if results.compared else {},
         **ideal,
     }
 
@@ -74,6 +76,7 @@ def _arm(
     plain_seconds = sum(step[3] for step in plain_steps)
     plain_rate = sum(step[4] for step in plain_steps) / plain_seconds if plain_seconds else 0.0
     replies = [reply for cell in measured for reply in cell.replies]
+    is_compared = results.compared and temperature == 0
     return {
         "tokens_per_second": statistics.median(rates),
         "tokens_per_second_per_pass": rates,
@@ -87,7 +90,7 @@ def _arm(
         "distinct_requests": min(len(results.kinds), len(measured[0].replies)),
         "tokens": sum(len(reply.token_ids) for reply in replies),
         "natural_ends": sum(reply.finish == "stop" for reply in replies),
-        **(_identity(results, batch, arm, len(replies)) if temperature == 0 else {}),
+        **(_identity(results, batch, arm, len(replies)) if is_compared else {}),
         "by_kind": _by_kind(measured, plain, results.kinds),
     }
 

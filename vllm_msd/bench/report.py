@@ -28,6 +28,7 @@ def render(found: Found) -> str:
         style=style(),
         lead=_lead(found),
         tiles=_tiles(found),
+        turns=_turns(found),
         panels="".join(_speed_panel(found, cell) for cell in found["cells"]),
         tables="".join(_table(found, t) for t in _temperatures(found)),
         ideal=_ideal(found),
@@ -35,6 +36,12 @@ def render(found: Found) -> str:
         outputs=_outputs(found),
         facts=facts({**found, "settings": _settings(found)}),
     )
+
+
+def _turns(found: Found) -> str:
+    if found["settings"].get("engines") == "apart":
+        return "one engine at a time did all its batch sizes, and who went first rotated by pass"
+    return "they took turns, and who went first rotated"
 
 
 def _settings(found: Found) -> dict[str, Any]:
@@ -63,6 +70,14 @@ def _name(kind: str) -> str:
 
 def _lead(found: Found) -> str:
     settings, data = found["settings"], found["data"]
+    if shape := found.get("shape"):
+        return f"<b>{escape(shape['note'][0].upper() + shape['note'][1:])}.</b> " + escape(
+            f"Random weights in the shape of {shape['name']} and of its draft. A verification "
+            "accepts what a draw says, and the text is noise: a tree of 60 nodes, 6 deep and "
+            f"top-k 10, yields {shape['tokens_of_a_tree_of_60']:g} tokens, and other trees and "
+            f"chains what the same draft would. {data['requests']} requests from "
+            f"{data['source']}, {settings['passes']} passes. {found['date']}."
+        )
     target = settings["target"] or (
         f"the demo pair widened to {settings['wide']} parameters"
         if settings["wide"]
@@ -88,7 +103,7 @@ def _tiles(found: Found) -> str:
         tiles.append(tile(times(speedup), text, "good" if speedup > 1 else "bad"))
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     drafted = [one for c in greedy for name, one in c["arms"].items() if name != NONE]
-    if drafted:
+    if drafted and "shape" not in found:
         same = sum(one["identical"] + one["near_ties"] for one in drafted)
         total = sum(one["requests"] for one in drafted)
         distinct = max(one["distinct_requests"] for one in drafted)
@@ -231,6 +246,11 @@ def _batch_and_requests(cell: Found) -> str:
 
 
 def _outputs(found: Found) -> str:
+    if "shape" in found:
+        return (
+            "<p>Not compared: random weights say nothing, and drafts were accepted by draw. Every "
+            "answer has the same length.</p>"
+        )
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     if not greedy:
         return "<p>No greedy answers in this run; drawn ones are not compared.</p>"

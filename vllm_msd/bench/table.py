@@ -31,6 +31,8 @@ def closing_table(found: Mapping[str, Any]) -> str:
     """The medians of all passes, with their spread, acceptance and answers that differ."""
     head = ("", "tokens/s", "of none", "passes", "a verification", "of the ideal", "identical")
     lines = [f"\n{head[0]:<14}" + "".join(f"{name:>16}" for name in head[1:])]
+    if shape := found.get("shape"):
+        lines.insert(0, f"\n{shape['name']}, random weights: {shape['note']}")
     for cell in found["cells"]:
         distinct = cell["arms"][NONE]["distinct_requests"]
         lines.append(
@@ -45,7 +47,7 @@ def closing_table(found: Mapping[str, Any]) -> str:
                 f"{low:.2f} to {high:.2f}",
                 number(one["acceptance_length"]),
                 _percent(one["share_of_ideal_speedup"]),
-                identity(one),
+                "not compared" if "shape" in found else identity(one),
             )
             lines.append(f"  {name:<12}" + "".join(f"{text:>16}" for text in columns))
     return "\n".join(lines)

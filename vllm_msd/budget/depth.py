@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vllm_msd.budget.costs import CostTable
 from vllm_msd.budget.rule import best_rate
-from vllm_msd.budget.shapes import expected_tree
+from vllm_msd.budget.usual import expected_tree
 from vllm_msd.budget.worth import USUAL, AcceptancePrior, Calibration
 from vllm_msd.tree.config import TreeConfig
 
