@@ -39,6 +39,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     },
     "docs/benchmarks.md": {
         "benchmarks/results/bench.json": bench.support,
+        "benchmarks/results/real.json": bench.support_real,
+        "benchmarks/results/bench_shape.json": bench.shaped,
     },
     "docs/kernels.md": {
         "benchmarks/results/launches.json": speed.launches,

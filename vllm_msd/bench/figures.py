@@ -36,9 +36,10 @@ class Results:
 def summary(results: Results) -> dict[str, Any]:
     """All figures, in JSON's types.
 
-    ``cells`` holds, for each temperature and batch size, the figures of each arm; ``support``
-    says for each arm and batch size whether its greedy answers are those of no speculation, near
-    ties aside, and whether it is at least `NOT_SLOWER` times as fast.
+    ``cells`` holds, for each temperature and batch size, the figures of each arm, and ``auto``,
+    those of the arm `auto` beside the best that is fixed. ``support`` says for each arm and batch
+    size whether its greedy answers are those of no speculation, near ties aside, and whether it is
+    at least `NOT_SLOWER` times as fast.
     """
     bounds = None if "missing" in results.ideal else Bounds(results.ideal)
     groups = list(dict.fromkeys((t, batch) for t, batch, _ in results.cells))
@@ -52,6 +53,9 @@ def summary(results: Results) -> dict[str, Any]:
         }
         for temperature, batch in groups
     ]
+    for cell in cells:
+        if found := _auto(results.arms, cell["arms"]):
+            cell["auto"] = found
     ideal = {k: results.ideal[k] for k in ("missing", "products", "profile") if k in results.ideal}
     return {
         "arms": {arm.name: str(arm) for arm in results.arms},
@@ -92,6 +96,26 @@ def _arm(
         "natural_ends": sum(reply.finish == "stop" for reply in replies),
         **(_identity(results, batch, arm, len(replies)) if is_compared else {}),
         "by_kind": _by_kind(measured, plain, results.kinds),
+    }
+
+
+def _auto(arms: Sequence[Arm], figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arm `auto` against no speculation and the best size of MSD's that is fixed, none among
+    them; None where one of them did not run."""
+    auto = next((arm.name for arm in arms if arm.method == "auto"), None)
+    fixed = [arm.name for arm in arms if arm.method in ("chain", "tree")]
+    if auto is None or not fixed:
+        return None
+    best = max((NONE, *fixed), key=lambda name: figures[name]["tokens_per_second"])
+    one, rates = figures[auto], figures[best]["tokens_per_second_per_pass"]
+    ratios = [a / b for a, b in zip(one["tokens_per_second_per_pass"], rates, strict=True)]
+    return {
+        "best_fixed": best,
+        "of_best_fixed": statistics.median(ratios),
+        "of_best_fixed_per_pass": ratios,
+        "of_none": one["speedup"],
+        "share_of_ideal_speedup": one["share_of_ideal_speedup"],
+        "share_of_ideal_tokens_per_second": one["share_of_ideal_tokens_per_second"],
     }
 
 

@@ -174,7 +174,21 @@ def _percent(share: float | None) -> str:
 
 def _ideal(found: Found) -> str:
     if "missing" in found:
-        return f"<p>Not known in this run: {escape(found['missing'])}.</p>"
+        rows = [
+            (
+                f"{cell['batch']}, {name}",
+                number(one["decode_tokens_per_second"], 1),
+                times(one["decode_speedup"]),
+            )
+            for cell in found["cells"]
+            if cell["temperature"] == found["cells"][0]["temperature"]
+            for name, one in cell["arms"].items()
+        ]
+        return (
+            f"<p>The ideal is not known in this run: {escape(found['missing'])}. Steps that only "
+            "decode, with the whole batch running:</p>"
+            + table(("Batch, arm", "decoding tokens/s", "speed-up"), rows)
+        )
     head = (
         "Batch, arm", "decoding tokens/s", "speed-up", "ideal speed-up", "share",
         "tokens/s of the products alone", "share",
