@@ -226,6 +226,7 @@ def test_auto_beside_the_best_that_is_fixed(results):
     assert auto["of_best_fixed_per_pass"] == pytest.approx([0.4, 0.2])
     assert auto["of_best_fixed"] == pytest.approx(0.3)
     assert "auto is 0.30x of chain:2" in closing_table(found)
+    assert "0.20 to 0.40" in render(found)
     text = support("bench.json", found)
     assert "| of the best fixed size | 0.30 |" in text and "| which was | chain:2 |" in text
     assert "| share of the ideal speed-up | 0.95 |" in text

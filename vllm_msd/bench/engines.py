@@ -88,7 +88,7 @@ def _shape_models(settings: BenchSettings, shape: str, dtype: str) -> Models:
             f"this machine has {there / GIB:.1f}. Give a smaller shape, --dtype bfloat16, or a "
             "smaller --batch or --max-model-len."
         )
-    print(f"making {shape} with random weights ({weights / GIB:.1f} GiB)", flush=True)
+    print(f"{shape} with random weights: {weights / GIB:.2f} GiB in {dtype}", flush=True)
     target, draft = true_pair(shape, dtype)
     return Models(str(target), str(draft), dtype, weights)
 

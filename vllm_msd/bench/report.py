@@ -30,7 +30,7 @@ def render(found: Found) -> str:
         tiles=_tiles(found),
         turns=_turns(found),
         panels="".join(_speed_panel(found, cell) for cell in found["cells"]),
-        tables="".join(_table(found, t) for t in _temperatures(found)),
+        tables="".join(_table(found, t) for t in _temperatures(found)) + _auto(found),
         ideal=_ideal(found),
         kinds=_kinds(found),
         outputs=_outputs(found),
@@ -45,12 +45,13 @@ def _turns(found: Found) -> str:
 
 
 def _settings(found: Found) -> dict[str, Any]:
-    """Those that were given or have a value; lists as they are typed."""
-    return {
+    """Those that were given or have a value, lists as they are typed; and what auto came to."""
+    shown = {
         name: " ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in found["settings"].items()
-        if value not in (None, [])
+        if value not in (None, []) and (name != "accepted" or "shape" in found)
     }
+    return shown | ({"dtype": found["dtype"]} if "dtype" in found else {})
 
 
 def _temperatures(found: Found) -> list[float]:
@@ -168,6 +169,29 @@ def _table(found: Found, temperature: float) -> str:
     )
 
 
+def _auto(found: Found) -> str:
+    """Sizes that follow the load beside the best that is fixed; nothing where one did not run."""
+    rows = [
+        (
+            f"{cell['batch']}, temperature {cell['temperature']:g}",
+            times(auto["of_none"]),
+            auto["best_fixed"],
+            times(auto["of_best_fixed"]),
+            "{:.2f} to {:.2f}".format(*_range(auto["of_best_fixed_per_pass"])),
+        )
+        for cell in found["cells"]
+        if (auto := cell.get("auto"))
+    ]
+    if not rows:
+        return ""
+    head = ("Batch", "over none", "best fixed size", "over that", "lowest to highest pass")
+    return f"<h3>Sizes that follow the load</h3>{table(head, rows)}"
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
 def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{100 * share:.0f} %"
 
@@ -185,7 +209,7 @@ def _ideal(found: Found) -> str:
             for name, one in cell["arms"].items()
         ]
         return (
-            f"<p>The ideal is not known in this run: {escape(found['missing'])}. Steps that only "
+            f"<p>The ideal is not known in this run: {_plain(found['missing'])}. Steps that only "
             "decode, with the whole batch running:</p>"
             + table(("Batch, arm", "decoding tokens/s", "speed-up"), rows)
         )
@@ -252,6 +276,11 @@ def _kinds(found: Found) -> str:
             panel(title, note, grouped_bars([_name(kind) for kind in kinds], groups, largest))
         )
     return f'<div class="panels">{"".join(panels)}</div>'
+
+
+def _plain(text: str) -> str:
+    """A message of the command line on the page, where names have no marks."""
+    return escape(text.replace("`", ""))
 
 
 def _batch_and_requests(cell: Found) -> str:
