@@ -25,7 +25,10 @@ from vllm_msd.demo.paths import demo_pair
 EXAMPLE = Path(__file__).parents[1] / "examples" / "benchmark_serving.py"
 # What the environment of this process may hold already; no server inherits it.
 VARIABLES = ("LD_PRELOAD", "KMP_BLOCKTIME", "KMP_TPAUSE", "OMP_WAIT_POLICY", RESERVED)
-OPTIONS = ("--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20), "--max-model-len", "1024")
+OPTIONS = (
+    *("--served-model-name", "msd-demo", "--enforce-eager", "--max-model-len", "1024"),
+    *("--kv-cache-memory-bytes", str(256 << 20)),
+)
 PLAIN, TUNED = "as it comes", "with `vllm-msd env`"
 
 
