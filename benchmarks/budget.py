@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.roofline import NOTE, load_figure
-from vllm_msd.budget import CostTable, best_rate, expected_tree
+from vllm_msd.budget import PAPER_TREE, CostTable, best_rate, expected_tree, ratio_for
 from vllm_msd.errors import MSDError
 from vllm_msd.roofline.budget_costs import BATCHES, gpu_costs
 from vllm_msd.roofline.shapes import DEVICES, SHAPES
 from vllm_msd.tree import TreeConfig
 
 MODELS = ("llava-1.5-7b", "qwen2-vl-7b")
-TREE, CHAIN = TreeConfig(60, 6, 10), TreeConfig(8, 8, 1)
+TREE, CHAIN = PAPER_TREE, TreeConfig(8, 8, 1)
 FIXED = {"tree 60": TREE, "tree 24": TreeConfig(24, 5, 4), "chain 5": TreeConfig(5, 5, 1)}
 # Trees in a modified vLLM on four B300 and a 27B text model, as their authors say: another model on
 # other hardware, only to compare how a curve falls.
@@ -73,24 +73,6 @@ def main() -> int:
     if args.plot:
         plot(result, args.plot)
     return 0
-
-
-def ratio_for(tokens: float) -> float:
-    """How often the draft's first choice has to be right for `TREE` to yield so many tokens.
-
-    Raises:
-        MSDError: no draft yields that.
-    """
-    if not 1 < tokens < TREE.depth + 1:
-        raise MSDError(f"--tokens: got {tokens}, expected more than 1 and less than 7.")
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if 1 + expected_tree(TREE, [middle])[0].sum() < tokens:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def rows(model: str, device: str, ratio: float, context: int, hidden: bool) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,8 +111,10 @@ def served_model(base_url: str) -> tuple[str, str]:
 
 
 @contextmanager
-def started(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
-    """A server of examples/serve.sh while the block runs; its address."""
+def started(
+    environment: dict[str, str], port: int, log: Path, command: Sequence[str] = ("bash", str(SERVE))
+) -> Iterator[str]:
+    """A server of examples/serve.sh, or of another command, while the block runs; its address."""
     url = f"http://127.0.0.1:{port}"
     if is_up(url):
         sys.exit(f"--port: another server answers at {url}; give another port")
@@ -120,7 +122,7 @@ def started(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["bash", str(SERVE), "--port", str(port), *UNCACHED],
+            [*command, "--port", str(port), *UNCACHED],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PATH": path, **environment},

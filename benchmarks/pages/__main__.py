@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import bench, chart, decoding, identity, real, speed, training
+from . import bench, chart, decoding, identity, real, serving, speed, training
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -30,6 +30,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "benchmarks/results/demo.json": decoding.demo,
         "benchmarks/results/trees.json": decoding.trees,
         "benchmarks/results/auto.json": decoding.auto,
+        "benchmarks/results/cpu_environment.json": serving.environment,
         "benchmarks/results/visual_branch.json": decoding.visual_branch,
         "vllm_msd/demo/pair/evaluation.json": decoding.evaluation,  # written with the pair
         "benchmarks/results/lossless.json": identity.lossless,
@@ -39,6 +40,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     },
     "docs/benchmarks.md": {
         "benchmarks/results/bench.json": bench.support,
+        "benchmarks/results/real.json": bench.support_real,
+        "benchmarks/results/bench_shape.json": bench.shaped,
     },
     "docs/kernels.md": {
         "benchmarks/results/launches.json": speed.launches,

@@ -31,6 +31,7 @@ JOBS = {
     "greedy": "tests.common.lossless:greedy_identity",
     "near_ties": "tests.common.near_ties:near_ties",
     "random": "tests.common.tree_identity:random_identity",
+    "replayed_acceptance": "tests.common.replayed_acceptance:replayed_acceptance",
     "launches_by_batch": "tests.common.cuda_graphs.operations:launches_by_batch",
     "requests": "tests.common.request_identity:request_identity",
     "sampling": "tests.common.sampling:sampled_distribution",

@@ -8,7 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 from PIL import Image
 
-from benchmarks.pages.bench import support
+from benchmarks.pages import __main__ as pages
+from benchmarks.pages.bench import shaped, support
 from vllm_msd.bench import ties
 from vllm_msd.bench.arms import parse_arms
 from vllm_msd.bench.charts import draw
@@ -215,3 +216,50 @@ def test_support_matrix_of_the_pages(results):
     assert "| MSD, chain of 2 | other answers, 3.00x, 1.00 of the ideal |" in text
     assert "| MSD, sizes that follow the load | slower, 0.80x, 0.95 of the ideal |" in text
     assert "Near ties, which count as the same answer: 1." in text and "2030-01-02" in text
+
+
+def test_auto_beside_the_best_that_is_fixed(results):
+    found = {**PROVENANCE, **summary(results)}
+    auto = found["cells"][0]["auto"]
+    assert auto["best_fixed"] == "chain:2" and auto["of_none"] == pytest.approx(0.8)
+    # 2 tokens/s in both passes, against 5 and 10.
+    assert auto["of_best_fixed_per_pass"] == pytest.approx([0.4, 0.2])
+    assert auto["of_best_fixed"] == pytest.approx(0.3)
+    assert "auto is 0.30x of chain:2" in closing_table(found)
+    assert "0.20 to 0.40" in render(found)
+    text = support("bench.json", found)
+    assert "| of the best fixed size | 0.30 |" in text and "| which was | chain:2 |" in text
+    assert "| share of the ideal speed-up | 0.95 |" in text
+
+
+def test_pages_draw_the_matrix_of_both_targets(results, tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    empty = pages.section("docs/benchmarks.md", tmp_path)
+    assert empty == f"{pages.BEGIN}\n\n{pages.END}"
+    found = {**PROVENANCE, **summary(results)}
+    found["settings"] = {**found["settings"], "target": "/a/folder"}
+    (folder / "real.json").write_text(json.dumps(found))
+    wide = {**found, "settings": {"target": None, "wide": "350M", "passes": 2}}
+    (folder / "bench.json").write_text(json.dumps(wide))
+    text = pages.section("docs/benchmarks.md", tmp_path)
+    assert "the demo pair widened to 350M" in text and "a real language model" in text
+    assert "/a/folder" not in text
+    assert text.count("| MSD, chain of 2 | other answers, 3.00x, 1.00 of the ideal |") == 2
+
+
+def test_pages_and_report_say_where_acceptance_comes_from(results):
+    shape = {
+        "note": "acceptance from a table, cost from the true shape", "name": "<x>",
+        "weights_gib": 14.0, "tokens_of_a_tree_of_60": 4.75, "first_choice_right": 0.7,
+    }  # fmt: skip
+    missing = {"missing": "nothing was asked"}
+    other = Results(**{**vars(results), "ideal": missing, "compared": False})
+    found = {**PROVENANCE, **summary(other), "shape": shape}
+    assert found["support"] == {} and "identical" not in found["cells"][0]["arms"]["auto"]
+    page = render(found)
+    assert "Acceptance from a table" in page and "&lt;x&gt;" in page and "<x>" not in page
+    assert "Not compared" in page and "100.0</td>" in page, "decoding speeds are shown"
+    assert "not compared" in closing_table(found) and "from a table" in closing_table(found)
+    text = shaped("bench_shape.json", found)
+    assert text.startswith("**Acceptance from a table") and "2.00x (3.00x), 2.50 tokens" in text

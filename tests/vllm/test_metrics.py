@@ -3,9 +3,14 @@
 Spawning also proves that the configuration with our draft in it survives pickling.
 """
 
+import json
+import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from prometheus_client import REGISTRY
 from prometheus_client import Counter as PrometheusCounter
@@ -15,6 +20,15 @@ from vllm.v1.metrics.reader import get_metrics_snapshot
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
 from tests.common import tiny
+from tests.common.server import start_server
+from tests.common.worker import HANGS, INTERPRETER
+from vllm_msd.vllm_plugin.drafted_nodes import (
+    FROM_WORKER,
+    drafted_in,
+    note_scheduled,
+    wrap_make_stats,
+    wrap_update_draft_token_ids,
+)
 from vllm_msd.vllm_plugin.metrics import TreeSeries
 
 TOKENS = 4  # speculative tokens
@@ -133,14 +147,95 @@ def test_trees_of_different_sizes_in_one_step():
     assert [m.value for m in found if m.name == "vllm:msd_drafted_nodes"] == [2 * 5 * TOKENS]
 
 
-def test_sizes_that_vary_have_no_series_of_drafted_nodes():
+class Scheduler:
+    """vLLM's, as far as it matters: makes a step's figures of what it has seen verified."""
+
+    def __init__(self, top_k: int, v2: bool) -> None:
+        draft = SimpleNamespace(
+            msd_draft={}, msd_auto=[], msd_tree_depth=3 if top_k > 1 else 8, msd_tree_top_k=top_k
+        )
+        self.use_v2_model_runner = v2
+        self.vllm_config = SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                num_speculative_tokens=8,
+                num_speculative_tokens_per_batch_size=[[1, 1, 8], [2, 4, 2]],
+                draft_model_config=SimpleNamespace(hf_config=draft),
+            )
+        )
+        self.sizes: list[int] = []
+
+    def figures(self) -> SpecDecodingStats | None:
+        stats = None
+        if self.sizes:
+            stats = SpecDecodingStats.new(8)
+            for size in self.sizes:
+                stats.observe_draft(size, 0)
+        result = SimpleNamespace(spec_decoding_stats=stats)
+        return wrap_make_stats(lambda _: result)(self).spec_decoding_stats
+
+
+def test_what_a_worker_drafted_comes_with_the_next_figures():
+    scheduler = Scheduler(2, v2=False)
+    update = wrap_update_draft_token_ids(lambda *_: None)
+    update(scheduler, SimpleNamespace(draft_token_ids=[[], []], **{FROM_WORKER: 12}))
+    assert scheduler.figures() is None
+    update(scheduler, SimpleNamespace(draft_token_ids=[[5, 6], [7]], **{FROM_WORKER: 12}))
+    scheduler.sizes = [2, 1]
+    stats = scheduler.figures()
+    assert drafted_in(stats) == 24 and stats.num_draft_tokens == 3
+    update(scheduler, SimpleNamespace(draft_token_ids=[[5, 6], [7]]))  # of a chain: as it is
+    stats = scheduler.figures()
+    assert drafted_in(stats) == 3
+
     unregister_vllm_metrics()
-    series = TreeSeries(PrometheusCounter, TOKENS, 4, ["engine"], {0: ["0"]}, is_fixed=False)
-    stats = SpecDecodingStats.new(TOKENS)
-    stats.observe_draft(3, 2)
+    series = TreeSeries(PrometheusCounter, 8, 3, ["engine"], {0: ["0"]}, is_fixed=False)
     series.observe(stats, 0)
-    names = {m.name for m in get_metrics_snapshot()}
-    assert "vllm:msd_drafted_nodes" not in names and "vllm:msd_verifications" in names
+    found = get_metrics_snapshot()
+    assert [m.value for m in found if m.name == "vllm:msd_drafted_nodes"] == [3]
+    sizes = _by_label(found, "vllm:msd_verifications", "nodes")
+    assert sizes == {n: int(n in (1, 2)) for n in range(9)}
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(1, 2 + 8), (2, 6 + 8)])
+def test_model_runner_v2_drafts_what_the_scheduler_wants(top_k, expected):
+    """Two nodes of a tree need two levels, which propose six."""
+    scheduler = Scheduler(top_k, v2=True)
+    for wanted, verified in ((2, {}), (0, {"a": [1, 2]}), (8, {}), (8, {"a": [1]})):
+        output = SimpleNamespace(
+            num_scheduled_tokens={"a": 1},
+            num_spec_tokens_to_schedule=wanted,
+            scheduled_spec_decode_tokens=verified,
+        )
+        note_scheduled(scheduler, output)
+    scheduler.sizes = [2, 1]
+    assert drafted_in(scheduler.figures()) == expected
+    assert drafted_in(scheduler.figures()) == 0
+
+
+def test_a_server_under_model_runner_v2_tells_what_it_drafted(tmp_path, fresh_process):
+    """One request, in steps of 4 drafted tokens; two would have 2 each."""
+    pair = tiny.build_pair(tmp_path, "llava")
+    config = {"method": "msd", "model": str(pair.draft), "num_speculative_tokens": TOKENS}
+    config["num_speculative_tokens_per_batch_size"] = [[1, 1, TOKENS], [2, 8, 2]]
+    environment = fresh_process["env"] | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{INTERPRETER}:{fresh_process['env'].get('PYTHONPATH', '')}",
+    }
+    options = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
+    options += ["--served-model-name", "tiny", "--speculative-config", json.dumps(config)]
+    command = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(pair.target))
+    cores = os.sched_getaffinity(0)
+    server = start_server(tmp_path, environment, cores, options, command)
+    try:
+        body = {"model": "tiny", "prompt": "hello", "max_tokens": 24, "temperature": 0}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=HANGS)
+        assert reply.status_code == 200, reply.text
+        metrics = server.metrics()
+    finally:
+        server.stop()
+    verified = metrics["vllm:spec_decode_num_draft_tokens_total"]
+    verifications = metrics["vllm:spec_decode_num_drafts_total"]
+    assert 0 < verified <= metrics["vllm:msd_drafted_nodes_total"] == TOKENS * verifications
 
 
 def test_other_engines_have_no_series_of_trees():

@@ -38,6 +38,8 @@ def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         note = f"temperature {temperature:g}; bars: lowest and highest pass; {found['date']}"
+        if shape := found.get("shape"):
+            note = f"{shape['name']}, random weights: {shape['note']}; {note}"
         figure.suptitle(note, fontsize="small")
         drawn.append(_save(figure, folder / f"speed-temperature-{temperature:g}.png"))
 

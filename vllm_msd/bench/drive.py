@@ -64,6 +64,7 @@ def run_cell(
     temperature: float,
     max_tokens: int,
     seed: int,
+    fixed_length: bool = False,
     on_reply: Callable[[], None] = lambda: None,
 ) -> Cell:
     """Answer all prompts, ``batch`` of them at any time as long as there are so many.
@@ -77,6 +78,7 @@ def run_cell(
         batch: requests at a time.
         depth: levels that the arm drafts; None to ask the engine's drafter after each step.
         temperature, max_tokens, seed: of sampling.
+        fixed_length: every answer has ``max_tokens``, and is not made text: for random weights.
         on_reply: called after each.
 
     Raises:
@@ -98,6 +100,8 @@ def run_cell(
                 temperature=temperature,
                 max_tokens=max_tokens,
                 seed=seed + number if temperature else None,
+                ignore_eos=fixed_length,
+                detokenize=not fixed_length,
                 output_kind=RequestOutputKind.DELTA,
             )
             started[number] = time.perf_counter()

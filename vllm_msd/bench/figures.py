@@ -22,6 +22,7 @@ class Results:
 
     cells: by temperature, batch size and arm, one of each pass. kinds: of work, by request; where
     a cell has more requests, they come again. ideal: of `vllm_msd.bench.ideal.measure_ideal`.
+    compared: whether answers say anything; those of random weights do not.
     """
 
     arms: Sequence[Arm]
@@ -29,14 +30,16 @@ class Results:
     kinds: Sequence[str]
     differences: Sequence[Difference]
     ideal: Mapping[str, Any]
+    compared: bool = True
 
 
 def summary(results: Results) -> dict[str, Any]:
     """All figures, in JSON's types.
 
-    ``cells`` holds, for each temperature and batch size, the figures of each arm; ``support``
-    says for each arm and batch size whether its greedy answers are those of no speculation, near
-    ties aside, and whether it is at least `NOT_SLOWER` times as fast.
+    ``cells`` holds, for each temperature and batch size, the figures of each arm, and ``auto``,
+    those of the arm `auto` beside the best that is fixed. ``support`` says for each arm and batch
+    size whether its greedy answers are those of no speculation, near ties aside, and whether it is
+    at least `NOT_SLOWER` times as fast.
     """
     bounds = None if "missing" in results.ideal else Bounds(results.ideal)
     groups = list(dict.fromkeys((t, batch) for t, batch, _ in results.cells))
@@ -50,12 +53,15 @@ def summary(results: Results) -> dict[str, Any]:
         }
         for temperature, batch in groups
     ]
+    for cell in cells:
+        if found := _auto(results.arms, cell["arms"]):
+            cell["auto"] = found
     ideal = {k: results.ideal[k] for k in ("missing", "products", "profile") if k in results.ideal}
     return {
         "arms": {arm.name: str(arm) for arm in results.arms},
         "cells": cells,
         "differences": [_difference(one) for one in results.differences],
-        "support": _support(cells),
+        "support": _support(cells) if results.compared else {},
         **ideal,
     }
 
@@ -74,6 +80,7 @@ def _arm(
     plain_seconds = sum(step[3] for step in plain_steps)
     plain_rate = sum(step[4] for step in plain_steps) / plain_seconds if plain_seconds else 0.0
     replies = [reply for cell in measured for reply in cell.replies]
+    is_compared = results.compared and temperature == 0
     return {
         "tokens_per_second": statistics.median(rates),
         "tokens_per_second_per_pass": rates,
@@ -87,8 +94,28 @@ def _arm(
         "distinct_requests": min(len(results.kinds), len(measured[0].replies)),
         "tokens": sum(len(reply.token_ids) for reply in replies),
         "natural_ends": sum(reply.finish == "stop" for reply in replies),
-        **(_identity(results, batch, arm, len(replies)) if temperature == 0 else {}),
+        **(_identity(results, batch, arm, len(replies)) if is_compared else {}),
         "by_kind": _by_kind(measured, plain, results.kinds),
+    }
+
+
+def _auto(arms: Sequence[Arm], figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arm `auto` against no speculation and the best size of MSD's that is fixed, none among
+    them; None where one of them did not run."""
+    auto = next((arm.name for arm in arms if arm.method == "auto"), None)
+    fixed = [arm.name for arm in arms if arm.method in ("chain", "tree")]
+    if auto is None or not fixed:
+        return None
+    best = max((NONE, *fixed), key=lambda name: figures[name]["tokens_per_second"])
+    one, rates = figures[auto], figures[best]["tokens_per_second_per_pass"]
+    ratios = [a / b for a, b in zip(one["tokens_per_second_per_pass"], rates, strict=True)]
+    return {
+        "best_fixed": best,
+        "of_best_fixed": statistics.median(ratios),
+        "of_best_fixed_per_pass": ratios,
+        "of_none": one["speedup"],
+        "share_of_ideal_speedup": one["share_of_ideal_speedup"],
+        "share_of_ideal_tokens_per_second": one["share_of_ideal_tokens_per_second"],
     }
 
 

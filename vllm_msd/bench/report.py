@@ -28,8 +28,9 @@ def render(found: Found) -> str:
         style=style(),
         lead=_lead(found),
         tiles=_tiles(found),
+        turns=_turns(found),
         panels="".join(_speed_panel(found, cell) for cell in found["cells"]),
-        tables="".join(_table(found, t) for t in _temperatures(found)),
+        tables="".join(_table(found, t) for t in _temperatures(found)) + _auto(found),
         ideal=_ideal(found),
         kinds=_kinds(found),
         outputs=_outputs(found),
@@ -37,13 +38,20 @@ def render(found: Found) -> str:
     )
 
 
+def _turns(found: Found) -> str:
+    if found["settings"].get("engines") == "apart":
+        return "one engine at a time did all its batch sizes, and who went first rotated by pass"
+    return "they took turns, and who went first rotated"
+
+
 def _settings(found: Found) -> dict[str, Any]:
-    """Those that were given or have a value; lists as they are typed."""
-    return {
+    """Those that were given or have a value, lists as they are typed; and what auto came to."""
+    shown = {
         name: " ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in found["settings"].items()
-        if value not in (None, [])
+        if value not in (None, []) and (name != "accepted" or "shape" in found)
     }
+    return shown | ({"dtype": found["dtype"]} if "dtype" in found else {})
 
 
 def _temperatures(found: Found) -> list[float]:
@@ -63,6 +71,14 @@ def _name(kind: str) -> str:
 
 def _lead(found: Found) -> str:
     settings, data = found["settings"], found["data"]
+    if shape := found.get("shape"):
+        return f"<b>{escape(shape['note'][0].upper() + shape['note'][1:])}.</b> " + escape(
+            f"Random weights in the shape of {shape['name']} and of its draft. A verification "
+            "accepts what a draw says, and the text is noise: a tree of 60 nodes, 6 deep and "
+            f"top-k 10, yields {shape['tokens_of_a_tree_of_60']:g} tokens, and other trees and "
+            f"chains what the same draft would. {data['requests']} requests from "
+            f"{data['source']}, {settings['passes']} passes. {found['date']}."
+        )
     target = settings["target"] or (
         f"the demo pair widened to {settings['wide']} parameters"
         if settings["wide"]
@@ -88,7 +104,7 @@ def _tiles(found: Found) -> str:
         tiles.append(tile(times(speedup), text, "good" if speedup > 1 else "bad"))
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     drafted = [one for c in greedy for name, one in c["arms"].items() if name != NONE]
-    if drafted:
+    if drafted and "shape" not in found:
         same = sum(one["identical"] + one["near_ties"] for one in drafted)
         total = sum(one["requests"] for one in drafted)
         distinct = max(one["distinct_requests"] for one in drafted)
@@ -153,13 +169,50 @@ def _table(found: Found, temperature: float) -> str:
     )
 
 
+def _auto(found: Found) -> str:
+    """Sizes that follow the load beside the best that is fixed; nothing where one did not run."""
+    rows = [
+        (
+            f"{cell['batch']}, temperature {cell['temperature']:g}",
+            times(auto["of_none"]),
+            auto["best_fixed"],
+            times(auto["of_best_fixed"]),
+            "{:.2f} to {:.2f}".format(*_range(auto["of_best_fixed_per_pass"])),
+        )
+        for cell in found["cells"]
+        if (auto := cell.get("auto"))
+    ]
+    if not rows:
+        return ""
+    head = ("Batch", "over none", "best fixed size", "over that", "lowest to highest pass")
+    return f"<h3>Sizes that follow the load</h3>{table(head, rows)}"
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
 def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{100 * share:.0f} %"
 
 
 def _ideal(found: Found) -> str:
     if "missing" in found:
-        return f"<p>Not known in this run: {escape(found['missing'])}.</p>"
+        rows = [
+            (
+                f"{cell['batch']}, {name}",
+                number(one["decode_tokens_per_second"], 1),
+                times(one["decode_speedup"]),
+            )
+            for cell in found["cells"]
+            if cell["temperature"] == found["cells"][0]["temperature"]
+            for name, one in cell["arms"].items()
+        ]
+        return (
+            f"<p>The ideal is not known in this run: {_plain(found['missing'])}. Steps that only "
+            "decode, with the whole batch running:</p>"
+            + table(("Batch, arm", "decoding tokens/s", "speed-up"), rows)
+        )
     head = (
         "Batch, arm", "decoding tokens/s", "speed-up", "ideal speed-up", "share",
         "tokens/s of the products alone", "share",
@@ -225,12 +278,22 @@ def _kinds(found: Found) -> str:
     return f'<div class="panels">{"".join(panels)}</div>'
 
 
+def _plain(text: str) -> str:
+    """A message of the command line on the page, where names have no marks."""
+    return escape(text.replace("`", ""))
+
+
 def _batch_and_requests(cell: Found) -> str:
     one = cell["arms"][NONE]
     return f"{cell['batch']}, {one['requests']} of {one['distinct_requests']} distinct ones"
 
 
 def _outputs(found: Found) -> str:
+    if "shape" in found:
+        return (
+            "<p>Not compared: random weights say nothing, and drafts were accepted by draw. Every "
+            "answer has the same length.</p>"
+        )
     greedy = [cell for cell in found["cells"] if cell["temperature"] == 0]
     if not greedy:
         return "<p>No greedy answers in this run; drawn ones are not compared.</p>"

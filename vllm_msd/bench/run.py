@@ -14,13 +14,15 @@ from tqdm import tqdm
 from vllm_msd.bench.arms import NONE
 from vllm_msd.bench.data import Requests, in_turn, load_requests
 from vllm_msd.bench.drive import Cell, run_cell
-from vllm_msd.bench.engines import Engines, Models, models_of
+from vllm_msd.bench.engines import GIB, Engines, Models, models_of
 from vllm_msd.bench.figures import Results, summary
 from vllm_msd.bench.ideal import measure_ideal
 from vllm_msd.bench.origin import of_model, of_requests
 from vllm_msd.bench.settings import BenchSettings
 from vllm_msd.bench.table import closing_table, heading, line
 from vllm_msd.bench.ties import Difference, differences, examine
+from vllm_msd.bench.true_shapes import NOTE
+from vllm_msd.budget import ratio_for
 from vllm_msd.measure.engine import Engine
 from vllm_msd.provenance import machine, provenance, versions
 from vllm_msd.regenerate.journal import Journal
@@ -76,10 +78,23 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
         facts["date"] = journal[_IDEAL, 0]["date"]  # of measuring, not of a later page
         facts["dtype"] = journal[0, 0]["dtype"]
     found = {**facts, "data": _about(requests), **summary(results)}
+    if settings.shape is not None:
+        found["shape"] = about_shape(settings, models)
     write_json(output / RESULT, found)
     print(closing_table(found), flush=True)
     write_pictures(found, output)
     return found
+
+
+def about_shape(settings: BenchSettings, models: Models) -> dict[str, Any]:
+    """What a run with random weights says of itself, in JSON's types."""
+    return {
+        "note": NOTE,
+        "name": settings.shape,
+        "weights_gib": models.weights / GIB,
+        "tokens_of_a_tree_of_60": settings.accepted,
+        "first_choice_right": ratio_for(settings.accepted),
+    }
 
 
 def fingerprints(requests: Requests, models: Models) -> dict[str, str]:
@@ -172,6 +187,7 @@ class Run:
                     temperature=place.temperature,
                     max_tokens=self._settings.max_tokens,
                     seed=self._settings.seed,
+                    fixed_length=self._settings.shape is not None,
                     on_reply=bar.update,
                 )
                 self._journal.add(number, turn, dtype=engine.dtype, **cell.to_dict())
@@ -207,7 +223,7 @@ class Run:
             return
         found: list[Difference] = []
         for place in self.places:
-            if place.temperature == 0:
+            if place.temperature == 0 and self._settings.shape is None:
                 plain = self.cells(replace(place, arm=NONE))[0].replies
                 for turn, cell in enumerate(self.cells(place)):
                     found += differences(plain, cell.replies, place.batch, place.arm, turn)
@@ -238,6 +254,7 @@ class Run:
             kinds=[sample.kind for sample in self._samples],
             differences=[Difference(**d) for d in self._journal[_TIES, 0]["differences"]],
             ideal=self._journal[_IDEAL, 0],
+            compared=self._settings.shape is None,
         )
 
 
@@ -298,6 +315,8 @@ def _print_start(settings: BenchSettings, requests: Requests, models: Models) ->
         print(f"left out: {len(requests.left_out)} records in all", file=sys.stderr)
     kinds = ", ".join(f"{n} {kind}" for kind, n in _about(requests)["kinds"].items())
     print(f"{requests.source}: {kinds}")
+    if settings.shape is not None:
+        print(f"{settings.shape}: {NOTE}; a tree of 60 accepts {settings.accepted - 1:g} tokens")
     for arm in settings.parsed_arms:
         print(f"  {arm.name:<14}{arm}")
     passes, dtype = settings.passes, models.dtype

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_msd.bench.arms import DEFAULT, Arm, parse_arms
+from vllm_msd.bench.arms import DEFAULT, NONE, Arm, parse_arms
+from vllm_msd.budget.usual import PAPER_TOKENS, ratio_for
 from vllm_msd.errors import ConfigError
 from vllm_msd.storage import check_folder
 
@@ -16,6 +17,13 @@ QUICK: dict[str, Any] = {
     "num_prompts": 7,
     "max_tokens": 96,
 }
+# What --shape changes, where the user says nothing else: no text, no probabilities, much memory.
+SHAPED: dict[str, Any] = {
+    "arms": (NONE, "chain", "tree", "tree:60x6x10"),
+    "batch": (1,),
+    "temperature": (0.0,),
+    "engines": "apart",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,9 @@ class BenchSettings:
     """Settings of a run; all but ``output`` and ``force`` decide what is measured.
 
     target: folder or hub name, None for the demo pair. wide: size that the demo pair is widened to,
-    None to leave it. draft: None to let the plugin find it. data: None for the demo's
+    None to leave it. shape: random weights of this shape in the place of a target, with the
+    acceptance of a draft whose tree of 60 nodes yields ``accepted`` tokens a verification.
+    draft: None to let the plugin find it. data: None for the demo's
     held-out samples. image_root: folders of relative image paths. num_prompts: requests of a
     batch size, at least twice the batch. passes: how often every cell is measured. engines:
     ``together`` in one process, or ``apart``, one after another. compile: graphs and compilation
@@ -33,6 +43,8 @@ class BenchSettings:
     output: Path
     target: str | None = None
     wide: str | None = None
+    shape: str | None = None
+    accepted: float = PAPER_TOKENS
     draft: str | None = None
     data: str | None = None
     image_root: tuple[str, ...] = ()
@@ -90,9 +102,33 @@ class BenchSettings:
             raise ConfigError("--draft: got one without its --target. Give both, or none of them.")
         if self.target is not None and self.wide is not None:
             raise ConfigError("--wide: only the demo pair can be widened. Leave out --target.")
+        if self.shape is not None:
+            self._check_shape(arms)
+        elif self.accepted != PAPER_TOKENS:
+            raise ConfigError("--accepted: only a --shape takes its acceptance from a table.")
         if self.data is None and self.image_root:
             raise ConfigError("--image-root: got folders without --data, whose pictures they hold.")
         check_folder(self.output, "--output")
+
+    def _check_shape(self, arms: list[Arm]) -> None:
+        from vllm_msd.bench.true_shapes import NAMES
+
+        if self.shape not in NAMES:
+            raise ConfigError(f"--shape: got {self.shape!r}, expected one of {', '.join(NAMES)}.")
+        if self.target is not None or self.wide is not None:
+            raise ConfigError("--shape: random weights have no --target and no --wide beside them.")
+        ratio_for(self.accepted)
+        for arm in arms:
+            if arm.method in ("ngram", "auto"):
+                raise ConfigError(
+                    f"--arms: got {arm.name} with --shape, expected none, chains and trees: random "
+                    "weights say nothing that an n-gram or a budget could go by."
+                )
+        if self.engines != "apart":
+            raise ConfigError(
+                "--engines: got together with --shape, expected apart: a model of the true shape "
+                "is in memory once."
+            )
 
     def about(self) -> dict[str, Any]:
         """What runs must share for one to go on with the other's cells, in JSON's types."""

@@ -29,8 +29,12 @@ def line(temperature: float, batch: int, turn: int, cells: Mapping[str, Cell]) -
 
 def closing_table(found: Mapping[str, Any]) -> str:
     """The medians of all passes, with their spread, acceptance and answers that differ."""
-    head = ("", "tokens/s", "of none", "passes", "a verification", "of the ideal", "identical")
+    shape = found.get("shape")
+    last = ("decoding alone", "outputs") if shape else ("of the ideal", "identical")
+    head = ("", "tokens/s", "of none", "passes", "a verification", *last)
     lines = [f"\n{head[0]:<14}" + "".join(f"{name:>16}" for name in head[1:])]
+    if shape:
+        lines.insert(0, f"\n{shape['name']}, random weights: {shape['note']}")
     for cell in found["cells"]:
         distinct = cell["arms"][NONE]["distinct_requests"]
         lines.append(
@@ -44,10 +48,15 @@ def closing_table(found: Mapping[str, Any]) -> str:
                 times(one["speedup"]),
                 f"{low:.2f} to {high:.2f}",
                 number(one["acceptance_length"]),
-                _percent(one["share_of_ideal_speedup"]),
-                identity(one),
+                times(one["decode_speedup"]) if shape else _percent(one["share_of_ideal_speedup"]),
+                "not compared" if shape else identity(one),
             )
             lines.append(f"  {name:<12}" + "".join(f"{text:>16}" for text in columns))
+        if auto := cell.get("auto"):
+            lines.append(
+                f"  auto is {times(auto['of_best_fixed'])} of {auto['best_fixed']}, the best that "
+                "is fixed"
+            )
     return "\n".join(lines)
 
 

@@ -6,17 +6,20 @@ accepted; ``rule.py`` weighs the one against the other for all
 requests of a step; ``depth.py`` decides how deep to draft next, down to not at all; ``shapes.py``
 chooses between a chain and a tree once, at start. Nothing here knows vLLM or reads a clock, and no
 choice made here changes an output: the target decides every token whatever was drafted.
+``usual.py`` is what a tree looks like where only a draft's acceptance by depth is known.
 """
 
 from vllm_msd.budget.costs import CostTable
 from vllm_msd.budget.depth import DepthChooser, DraftPlan
 from vllm_msd.budget.learned import LearnedCosts
 from vllm_msd.budget.rule import best_rate, prefix_lengths
-from vllm_msd.budget.shapes import AUTO, choose_shape, expected_tree
+from vllm_msd.budget.shapes import AUTO, choose_shape
+from vllm_msd.budget.usual import PAPER_TREE, expected_tree, ratio_for, usual_tree
 from vllm_msd.budget.worth import AcceptancePrior, Calibration
 
 __all__ = [
     "AUTO",
+    "PAPER_TREE",
     "AcceptancePrior",
     "Calibration",
     "CostTable",
@@ -27,4 +30,6 @@ __all__ = [
     "choose_shape",
     "expected_tree",
     "prefix_lengths",
+    "ratio_for",
+    "usual_tree",
 ]

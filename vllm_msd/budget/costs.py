@@ -137,12 +137,13 @@ class CostTable:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CostTable":
-        """From `to_dict`.
+        """From `to_dict`; drawing may be missing.
 
         Raises:
             ValueError, TypeError, KeyError: these are no costs.
         """
-        return cls(*(tuple(tuple(point) for point in values[name]) for name in _FIELDS))
+        kept = [name for name in _FIELDS if name != "drawing" or name in values]
+        return cls(**{name: tuple(tuple(point) for point in values[name]) for name in kept})
 
     def save(self, path: Path, key: Mapping[str, Any]) -> None:
         """Write the table with what it holds for: ``key`` names machine, model, versions, ..."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_msd.budget.rule import Costs, best_rate
-from vllm_msd.budget.shapes import expected_tree
+from vllm_msd.budget.usual import expected_tree
 from vllm_msd.budget.worth import USUAL, AcceptancePrior, Calibration
 from vllm_msd.tree.config import TreeConfig
 

@@ -5,8 +5,9 @@ verifications, `num_draft_tokens` the nodes verified, and a position is a depth.
 is vLLM's too (`--per-request-spec-decode-metrics`). Missing are how large the verified trees were,
 how many nodes were drafted for them, and depths by name.
 
-Where the plugin chooses sizes itself, the sizes of verifications are what its budget allowed; how
-many nodes were drafted for them is known to the worker only, and has no series.
+Where sizes vary (they follow the load, or a schedule), the sizes of verifications are what was
+allowed, and the nodes drafted are counted where that is known (`drafted_nodes`): they come with the
+step's figures.
 
 The series are counters named `vllm:msd_...`: vLLM's Ray wrapper has only counters here, and vLLM
 unregisters and lists what starts with `vllm:`.
@@ -17,6 +18,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from vllm_msd.vllm_plugin.configuration.tree_settings import sizes_vary
+from vllm_msd.vllm_plugin.drafted_nodes import drafted_in
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig
@@ -34,7 +38,8 @@ class TreeSeries:
         depth: how deep they lie at most.
         labelnames: vLLM's labels (model and engine).
         engines: their values by engine index.
-        is_fixed: whether all of them are drafted for each verification.
+        is_fixed: whether all of them are drafted for each verification; else a step says itself how
+            many were.
     """
 
     def __init__(
@@ -46,11 +51,11 @@ class TreeSeries:
         engines: dict[int, list[object]],
         is_fixed: bool = True,
     ) -> None:
-        drafted = is_fixed and counter(
+        drafted = counter(
             name="vllm:msd_drafted_nodes",
-            documentation="Nodes drafted for the trees that were verified. The scheduler cuts a "
-            "tree where its budget or the model's length ends: vllm:spec_decode_num_draft_tokens "
-            "counts what was left.",
+            documentation="Nodes drafted. vllm:spec_decode_num_draft_tokens counts those that were "
+            "left to be verified: where sizes follow the load, what pays; and nothing beyond the "
+            "scheduler's budget or the model's length.",
             labelnames=labelnames,
         )
         verifications = counter(
@@ -64,9 +69,8 @@ class TreeSeries:
             labelnames=[*labelnames, "depth"],
         )
         self._num_nodes = num_nodes
-        self._drafted = {
-            index: drafted.labels(*values) for index, values in engines.items() if drafted
-        }
+        self._is_fixed = is_fixed
+        self._drafted = {index: drafted.labels(*values) for index, values in engines.items()}
         self._verifications = {
             index: [verifications.labels(*values, str(n)) for n in range(num_nodes + 1)]
             for index, values in engines.items()
@@ -78,10 +82,10 @@ class TreeSeries:
 
     def observe(self, stats: SpecDecodingStats, engine: int) -> None:
         """Add one step of one engine."""
-        if self._drafted:
-            self._drafted[engine].inc(stats.num_drafts * self._num_nodes)
+        drafted = stats.num_drafts * self._num_nodes if self._is_fixed else drafted_in(stats)
+        self._drafted[engine].inc(drafted)
         # The n-th entry counts the trees of more than n nodes.
-        larger = [stats.num_drafts, *stats.num_draft_tokens_per_pos, 0]
+        larger = [stats.num_drafts, *stats.num_draft_tokens_per_pos[: self._num_nodes], 0]
         for nodes, series in enumerate(self._verifications[engine]):
             series.inc(larger[nodes] - larger[nodes + 1])
         for series, count in zip(
@@ -114,7 +118,7 @@ def wrap_init(original: Callable[..., None]) -> Callable[..., None]:
                 max([depth, *(shape[1] for shape in shapes)]),
                 labelnames,
                 per_engine_labelvalues,
-                is_fixed=not shapes,
+                is_fixed=not sizes_vary(speculative_config),
             )
         setattr(self, _SERIES, series)
 

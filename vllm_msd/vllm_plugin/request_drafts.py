@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_msd.vllm_plugin.configuration.request_options import node_limit
+from vllm_msd.vllm_plugin.drafted_nodes import note_scheduled
 from vllm_msd.vllm_plugin.runners import is_msd
 
 
@@ -30,6 +31,7 @@ def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             node_limit(request.sampling_params) == 0 for request in scheduled
         ):
             output.num_spec_tokens_to_schedule = 0
+        note_scheduled(self, output)
         return output
 
     return schedule

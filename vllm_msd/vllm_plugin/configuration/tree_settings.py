@@ -33,6 +33,12 @@ def is_msd_config(speculative_config: SpeculativeConfig | None) -> bool:
     return hasattr(getattr(draft, "hf_config", None), "msd_draft")
 
 
+def sizes_vary(speculative_config: SpeculativeConfig) -> bool:
+    """Whether an MSD engine drafts fewer nodes in some steps: what pays, or by a schedule."""
+    draft = speculative_config.draft_model_config.hf_config
+    return bool(draft.msd_auto or speculative_config.num_speculative_tokens_per_batch_size)
+
+
 def wants_trees(vllm_config: VllmConfig) -> bool:
     """Whether this engine speculates with MSD and drafts trees."""
     return drafts_trees(vllm_config.speculative_config)

@@ -19,7 +19,12 @@ from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput, SamplerOutput
+from vllm.v1.outputs import (
+    AsyncModelRunnerOutput,
+    DraftTokenIds,
+    ModelRunnerOutput,
+    SamplerOutput,
+)
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -35,6 +40,7 @@ from vllm_msd.vllm_plugin.cpu.sampler import TreeRejectionSampler
 from vllm_msd.vllm_plugin.cpu.scratch import bind_scratch, scratch_blocks, with_scratch
 from vllm_msd.vllm_plugin.cpu.step import StepNodes
 from vllm_msd.vllm_plugin.cpu.tree_drafter import TreeProposer
+from vllm_msd.vllm_plugin.drafted_nodes import FROM_WORKER
 from vllm_msd.vllm_plugin.patches.overrides import check_overrides
 from vllm_msd.vllm_plugin.trees.attention import attach
 from vllm_msd.vllm_plugin.trees.constrained import needs_chain
@@ -201,6 +207,16 @@ class TreeModelRunner(CPUModelRunner):
         if self.drafter.drafted is not None:
             self.drafted.update(zip(req_ids, self.drafter.drafted.by_request(), strict=True))
         return tokens
+
+    @override
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """As the base class; says how many nodes were drafted, of which some may be handed over."""
+        taken = super().take_draft_token_ids()
+        if taken is not None:
+            tree = self.drafter.drafted
+            nodes = 0 if tree is None else tree.tokens[:, 1:].numel()
+            setattr(taken, FROM_WORKER, nodes)
+        return taken
 
     def _limits(self) -> list[int]:
         """The most nodes that each request of the batch may have; 0 while its prompt is read."""

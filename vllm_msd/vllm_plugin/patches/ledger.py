@@ -244,6 +244,39 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="As above.",
         used_as=(("vllm.v1.metrics.loggers", "self.spec_decoding_prom.observe("),),
     ),
+    Patch(
+        name="drafted-nodes",
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "draft_token_ids")),
+        make="vllm_msd.vllm_plugin.drafted_nodes:wrap_update_draft_token_ids",
+        what="Where sizes vary, counts the nodes that a worker of Model Runner V1 drafted.",
+        why="The scheduler sees those that are verified.",
+        remove_when="vLLM counts drafted tokens beside verified ones.",
+        used_as=(("vllm.v1.engine.core", "self.scheduler.update_draft_token_ids("),),
+    ),
+    Patch(
+        name="drafted-nodes-step",
+        target="vllm.v1.core.sched.scheduler:Scheduler.make_stats",
+        parameters=dict.fromkeys(
+            SUPPORTED_VERSIONS,
+            (
+                "self",
+                "spec_decoding_stats",
+                "kv_connector_stats",
+                "cudagraph_stats",
+                "perf_stats",
+                "ec_connector_stats",
+            ),
+        ),
+        make="vllm_msd.vllm_plugin.drafted_nodes:wrap_make_stats",
+        what="Sends that count to the front end with the step's figures.",
+        why="Their fields are a closed list; it rides behind the sizes by position.",
+        remove_when="As above.",
+        used_as=(
+            ("vllm.v1.spec_decode.metrics", "num_draft_tokens_per_pos: list[int]"),
+            ("vllm.v1.core.sched.scheduler", "self.make_stats("),
+        ),
+    ),
 )
 
 
