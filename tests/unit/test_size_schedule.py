@@ -78,10 +78,12 @@ def nodes_of(steps):
     return [nodes for nodes, *_ in steps]
 
 
-def test_candidates_are_halves():
-    assert candidate_sizes(60) == [0, 8, 15, 30, 60]
+def test_candidates_lie_apart_as_factors():
+    assert candidate_sizes(60) == [0, 1, 3, 8, 22, 60]
+    assert candidate_sizes(16) == [0, 1, 2, 4, 8, 16]
     assert candidate_sizes(5) == [0, 1, 2, 3, 5]
-    assert candidate_sizes(1) == [0, 1] and candidate_sizes(16, 2) == [0, 16]
+    assert candidate_sizes(1) == [0, 1]
+    assert candidate_sizes(16, 2) == [0, 16] and candidate_sizes(16, 3) == [0, 1, 16]
     for nodes, most in itertools.product(range(1, 129), range(2, 7)):
         sizes = candidate_sizes(nodes, most)
         assert len(sizes) <= most and {0, nodes} <= set(sizes) <= set(range(nodes + 1))
@@ -217,7 +219,7 @@ def test_a_draft_unlike_its_prior_costs_little(requests):
 def test_sizes_fall_with_the_requests_and_come_back():
     world = World(TREE, 0.8)
     few, many, again = (world.run([n] * 200) for n in (2, 128, 2))
-    assert nodes_of(few)[-1] == 16 and set(nodes_of(many)) <= {0, 2}
+    assert nodes_of(few)[-1] == 16 and set(nodes_of(many)) <= {0, 1}
     assert nodes_of(again)[-1] == 16
 
 

@@ -105,7 +105,7 @@ def test_under_model_runner_v2_a_schedule_names_the_sizes(pair, second_runner, k
     schedule = spec.num_speculative_tokens_per_batch_size
     assert sorted(nodes for *_, nodes in schedule) == sizes_of(spec)
     few = configure(pair.target, msd(pair, **keys), max_num_seqs=3)
-    assert sizes_of(few) == [0, 3, 5]
+    assert sizes_of(few) == [0, 1, 5]
 
 
 def test_under_model_runner_v2_a_draft_that_prefers_trees_gets_them(pair, second_runner, tmp_path):
@@ -113,7 +113,7 @@ def test_under_model_runner_v2_a_draft_that_prefers_trees_gets_them(pair, second
     (tmp_path / "model.safetensors").symlink_to(Path(pair.draft) / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**config, **tree(24, 6, 4)}))
     spec = configure(pair.target, {"method": "msd", "model": str(tmp_path)})
-    assert (sizes_of(spec), drafts_trees(spec)) == ([0, 3, 6, 12, 24], True)
+    assert (sizes_of(spec), drafts_trees(spec)) == ([0, 1, 2, 5, 11, 24], True)
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,17 @@ FORMAT = "sizes 1"
 Array = NDArray[np.float64]
 
 
-def candidate_sizes(nodes: int, most: int = 5) -> list[int]:
-    """Numbers of nodes to choose from, rising: none, and a tree with its half, quarter, ...
+def candidate_sizes(nodes: int, most: int = 6) -> list[int]:
+    """Numbers of nodes to choose from, rising: none, one, a whole tree, and some between.
+
+    Those between lie as far apart as factors: 60 nodes give 0, 1, 3, 8, 22 and 60.
 
     Args:
         nodes: of the whole tree.
         most: how many sizes at most, from 2 on: each has CUDA graphs of its own.
     """
-    sizes = {0, nodes}
-    part = nodes
-    while len(sizes) < most and part > 1:
-        part = -(-part // 2)
-        sizes.add(part)
-    return sorted(sizes)
+    parts = most - 2
+    return sorted({0, nodes, *(round(nodes ** (part / parts)) for part in range(parts))})
 
 
 @dataclass(frozen=True)

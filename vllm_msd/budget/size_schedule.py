@@ -91,6 +91,13 @@ class SizeSchedule:
         ends = [*(n - 1 for n in starts[1:]), len(self._table) - 1]
         return [(a, b, self._table[a]) for a, b in zip(starts, ends, strict=True)]
 
+    def gist(self) -> str:
+        """The present table in words, such as ``1-8: 16, 9-256: none``."""
+        return ", ".join(
+            f"{first if first == last else f'{first}-{last}'}: {nodes or 'none'}"
+            for first, last, nodes in self.ranges()
+        )
+
     def _look_again(self) -> None:
         accepted, expected = self.accepted.learn()
         if self._last == 0:

@@ -147,7 +147,7 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
         _shape_in_words(tree_config(vllm_config)),
         origin,
         costs.gist(),
-        in_words(make_rule(vllm_config)),
+        make_rule(vllm_config).gist(),
     )
 
 
@@ -156,14 +156,6 @@ def _shape_in_words(shape: TreeConfig) -> str:
     if shape.is_chain:
         return f"chains of up to {nodes}"
     return f"trees of up to {nodes} nodes (depth {shape.depth}, top-k {shape.top_k})"
-
-
-def in_words(rule: SizeSchedule) -> str:
-    """The rule's present sizes, such as ``1-8: 16, 9-256: none``."""
-    return ", ".join(
-        f"{first if first == last else f'{first}-{last}'}: {nodes or 'none'}"
-        for first, last, nodes in rule.ranges()
-    )
 
 
 def measure(executor: Any, vllm_config: Any, seconds: float | None = None) -> SizeCosts:
@@ -207,9 +199,9 @@ def measure(executor: Any, vllm_config: Any, seconds: float | None = None) -> Si
 def table_key(vllm_config: Any, machine: dict[str, Any]) -> dict[str, Any]:
     """What a table holds for: it is not used for anything else."""
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
-    configs = [model.hf_config.to_dict(), speculative.draft_model_config.hf_config.to_dict()]
+    shape, draft = tree_config(vllm_config), speculative.draft_model_config.hf_config
+    configs = [model.hf_config.to_dict(), draft.to_dict()]
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
-    shape = tree_config(vllm_config)
     return {
         "machine": machine,
         "model": str(model.model),
@@ -227,6 +219,7 @@ def table_key(vllm_config: Any, machine: dict[str, Any]) -> dict[str, Any]:
         "lora": vllm_config.lora_config is not None,
         "shape": [shape.num_nodes, shape.depth, shape.top_k],
         "sizes": scheduled_sizes(vllm_config),
+        "acceptance": draft.msd_draft["msd_acceptance"],
         "requests": scheduler.max_num_seqs,
         "rows": scheduler.max_num_batched_tokens,
         "length": model.max_model_len,

@@ -14,7 +14,7 @@ from tests.common.fp32_engine import scheduler_of
 
 @contextmanager
 def left_to_the_plugin(best: list[int]) -> Iterator[None]:
-    """Engines opened inside find that nodes cost nothing up to some number, and much beyond it.
+    """Engines opened inside find that nodes cost little up to some number, and much beyond it.
 
     Args:
         best: that number for 1, 2, ... requests, falling; each one a size to choose from.
@@ -26,7 +26,7 @@ def left_to_the_plugin(best: list[int]) -> Iterator[None]:
         sizes = scheduled_sizes.scheduled_sizes(vllm_config)
         assert set(best) <= set(sizes), (best, sizes)
         return SizeCosts.of(
-            (requests, nodes, 1.0 if nodes <= pays else 10.0)
+            (requests, nodes, 1.0 + 0.05 * (nodes > 0) if nodes <= pays else 10.0)
             for requests, pays in enumerate(best, 1)
             for nodes in sizes
         )
@@ -53,3 +53,19 @@ def steps_of(engine: Any) -> Iterator[list[tuple[int, int]]]:
 
     with mock.patch.object(scheduler, "schedule", noted):
         yield found
+
+
+def time_some_steps(engine: Any, requests: int, nodes: list[int]) -> list[float]:
+    """What steps of so many made-up requests take in an engine, by how many nodes they verify.
+
+    Raises:
+        AssertionError: they left something behind.
+    """
+    from vllm_msd.vllm_plugin.gpu.step_costs import time_steps
+
+    executor = engine.llm_engine.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    before = dict(runner.req_states.req_id_to_index)
+    times = [executor.collective_rpc(time_steps, args=(requests, n))[0] for n in nodes]
+    assert runner.req_states.req_id_to_index == before
+    return times

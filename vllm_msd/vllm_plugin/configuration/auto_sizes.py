@@ -26,7 +26,7 @@ _SIZES = ("num_speculative_tokens", *guards.TREE_KEYS)
 # The largest that is ever drafted: a chain, and a tree where the draft prefers none.
 CHAIN = TreeConfig(8, 8, 1)
 TREE = TreeConfig(16, 6, 3)
-MOST_SIZES = 5  # that a schedule chooses from: each has CUDA graphs of its own
+MOST_SIZES = 6  # that a schedule chooses from: each has CUDA graphs of its own
 
 
 def is_auto(request: Mapping[str, Any]) -> bool:

@@ -124,7 +124,7 @@ def thin_out(
     """Leave out graphs of numbers of requests that a slightly larger one can take as well.
 
     vLLM rounds each size that it captures to each number of rows that a request may have: with
-    five numbers, five graphs for each. Those of `MANY_REQUESTS` stay, and the
+    six numbers, six graphs for each. Those of `MANY_REQUESTS` stay, those of more requests, and the
     largest of each kind.
 
     Args:
@@ -138,9 +138,10 @@ def thin_out(
             largest[kind] = max(largest.get(kind, 0), desc.num_reqs)
 
     def stays(desc: Any) -> bool:
-        if desc.uniform_token_count is None or desc.num_reqs in MANY_REQUESTS:
+        requests, rows = desc.num_reqs, desc.uniform_token_count
+        if rows is None or requests in MANY_REQUESTS or requests > MANY_REQUESTS[-1]:
             return True
-        return desc.num_reqs == largest[desc.num_active_loras, desc.uniform_token_count]
+        return requests == largest[desc.num_active_loras, rows]
 
     for descs in (*captured.values(), *candidates.values()):
         descs[:] = [desc for desc in descs if stays(desc)]
