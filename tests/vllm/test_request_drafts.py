@@ -94,9 +94,9 @@ class MovingScheduler(Scheduler):
     dynamic_sd_lookup = (0, 9, 9)
     num_spec_tokens = 5
 
-    def __init__(self, requests, v2=True):
-        super().__init__(requests, v2)
-        self.vllm_config = engine_config()
+    def __init__(self, requests, **config):
+        super().__init__(requests)
+        self.vllm_config = engine_config(**config)
 
     @request_drafts.wrap_schedule
     def schedule(self, throttle_prefills=False):
@@ -141,8 +141,9 @@ def test_what_a_grammar_forbids_was_not_drafted():
     assert noted == [(3, 1)]
 
 
-def test_where_vllm_falls_back_to_model_runner_v1_all_are_drafted():
-    scheduler = MovingScheduler({"a": request()}, v2=False)
+def test_where_no_steps_were_timed_all_are_drafted():
+    """As where vLLM has fallen back to Model Runner V1."""
+    scheduler = MovingScheduler({"a": request()}, costs=None)
     assert scheduler.schedule().num_spec_tokens_to_schedule == 5
     assert scheduler.dynamic_sd_lookup == [5, 5, 5]
 
@@ -172,12 +173,14 @@ def measured(room=8, seconds=8.0, rows=64):
 def test_costs_are_those_of_the_first_rank_where_there_is_room():
     costs, asked = measured()
     # Without drafts up to the most requests; with five as many as a step has rows for.
-    assert asked == [(n, 0) for n in (1, 2, 4, 8, 12)] + [(n, 5) for n in (1, 2, 4, 8)]
-    assert costs.points == tuple((r, n, 1e-3 * r * (1 + n)) for r, n in asked if r <= 8)
+    places = [(n, 0) for n in (1, 2, 4, 8, 12)] + [(n, 5) for n in (1, 2, 4, 8)]
+    assert asked == [(1, 5), *places]  # the first to warm up
+    assert costs.points == tuple((r, n, 1e-3 * r * (1 + n)) for r, n in places if r <= 8)
     assert measured(rows=24)[1][-1] == (4, 5)
+    assert measured(room=0)[0] is None
 
 
 def test_measuring_ends_when_its_time_is_over():
     """The first point is measured in any case, or there would be no costs."""
     costs, asked = measured(seconds=0.0)
-    assert asked == [(1, 0)] and len(costs.points) == 1
+    assert asked == [(1, 5), (1, 0)] and len(costs.points) == 1

@@ -56,18 +56,26 @@ class ScheduledSizes:
 
 
 def sizes_of(scheduler: Any) -> ScheduledSizes | None:
-    """A scheduler's sizes; None where they are not left to the plugin."""
+    """A scheduler's sizes; None where they are not left to the plugin.
+
+    Nor where steps were not timed: vLLM has fallen back to Model Runner V1, or there is no room.
+    """
     if not hasattr(scheduler, _SIZES):
         config, sizes = scheduler.vllm_config, None
         if is_msd_config(config.speculative_config) and scheduled_sizes(config):
-            if scheduler.use_v2_model_runner:
+            if _costs(config) is not None:
                 sizes = ScheduledSizes(make_rule(config))
-            else:  # vLLM has found a reason against it, and the schedule is no user's
+            else:  # the schedule is no user's
                 most = scheduler.num_spec_tokens
                 scheduler.dynamic_sd_lookup = [most] * len(scheduler.dynamic_sd_lookup)
-                logger.info("MSD: the sizes are the draft's own. Model Runner V1 runs here.")
+                logger.info("MSD: the sizes are the draft's own. No steps were timed here.")
         setattr(scheduler, _SIZES, sizes)
     return getattr(scheduler, _SIZES)
+
+
+def _costs(vllm_config: Any) -> tuple[tuple[int, int, float], ...] | None:
+    draft = vllm_config.speculative_config.draft_model_config.hf_config
+    return getattr(draft, "msd_costs", None)
 
 
 def make_rule(vllm_config: Any) -> SizeSchedule:
@@ -76,7 +84,7 @@ def make_rule(vllm_config: Any) -> SizeSchedule:
     return SizeSchedule(
         tree_config(vllm_config),
         scheduled_sizes(vllm_config),
-        SizeCosts.of(draft.msd_costs),
+        SizeCosts.of(_costs(vllm_config) or ()),
         vllm_config.scheduler_config.max_num_seqs,
         AcceptancePrior.from_config(draft.msd_draft["msd_acceptance"]),
     )
@@ -134,6 +142,8 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
     if costs is None:
         started = time.perf_counter()
         costs = measure(executor, vllm_config)
+        if costs is None:
+            return
         origin = f"measured in {time.perf_counter() - started:.1f} s"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,17 +168,24 @@ def _shape_in_words(shape: TreeConfig) -> str:
     return f"trees of up to {nodes} nodes (depth {shape.depth}, top-k {shape.top_k})"
 
 
-def measure(executor: Any, vllm_config: Any, seconds: float | None = None) -> SizeCosts:
+def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCosts | None:
     """Time steps of all sizes, small ones first, for about so long.
 
     Args:
         executor: of the workers.
         vllm_config: of the engine.
-        seconds: `SECONDS` where none are given.
+        seconds: without what the first steps take to warm up.
+
+    Returns:
+        None where there is no room for made-up requests.
     """
     from vllm_msd.vllm_plugin.gpu.step_costs import TIMED, WARM_UP, time_steps
 
-    until = time.perf_counter() + (SECONDS if seconds is None else seconds)
+    def timed(requests: int, nodes: int) -> float | None:
+        return executor.collective_rpc(time_steps, args=(requests, nodes))[0]
+
+    timed(1, max(scheduled_sizes(vllm_config)))
+    until = time.perf_counter() + seconds
     scheduler = vllm_config.scheduler_config
     most = scheduler.max_num_seqs
     counts = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
@@ -187,13 +204,11 @@ def measure(executor: Any, vllm_config: Any, seconds: float | None = None) -> Si
         expected = (2 + WARM_UP + TIMED) * took * max(1.0, rows / rows_then)
         if points and time.perf_counter() + expected > until:
             continue
-        started = time.perf_counter()
-        found = executor.collective_rpc(time_steps, args=(requests, nodes))[0]
+        found = timed(requests, nodes)
         if found is not None:
             points.append((requests, nodes, found))
-            took = (time.perf_counter() - started) / (2 + WARM_UP + TIMED)
-            rows_then = rows
-    return SizeCosts.of(points)
+            took, rows_then = found, rows
+    return SizeCosts.of(points) if any(nodes == 0 for _, nodes, _ in points) else None
 
 
 def table_key(vllm_config: Any, machine: dict[str, Any]) -> dict[str, Any]:
