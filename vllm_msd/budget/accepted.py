@@ -17,7 +17,7 @@ from vllm_msd.tree.config import TreeConfig
 Array = NDArray[np.float64]
 
 PRIOR_WEIGHT = 4.0  # accepted tokens that the prior counts for, at each depth and in all
-HALF_LIFE = 1024  # verifications that reach a depth, after which evidence there counts half
+HALF_LIFE = 256  # verifications that reach a depth, after which evidence there counts half
 OWN_WEIGHT = 16.0  # accepted tokens that a size's relation to the others counts for, at each depth
 OWN_HALF_LIFE = 8192  # verifications of that size
 LEAST = 0.01  # a prior of zero could never be corrected
