@@ -89,7 +89,8 @@ class _Steps:
         """New requests, all of whose prompt but the last row counts as read."""
         free = iter(range(1, self.worker.model_runner.kv_cache_config.num_blocks))
         counts = _blocks(self.worker.model_runner, positions)
-        params = SamplingParams(temperature=0.0, max_tokens=positions, ignore_eos=True)
+        # A seed of its own, or the sampler would draw one of those that real requests get.
+        params = SamplingParams(temperature=0.0, max_tokens=positions, ignore_eos=True, seed=0)
         step = SchedulerOutput.make_empty()
         for req_id in self.ids:
             prompt = [TOKEN] * self.context
