@@ -172,8 +172,8 @@ def measured(room=8, seconds=8.0, rows=64):
 
 def test_costs_are_those_of_the_first_rank_where_there_is_room():
     costs, asked = measured()
-    # Without drafts up to the most requests; with five as many as a step has rows for.
-    places = [(n, 0) for n in (1, 2, 4, 8, 12)] + [(n, 5) for n in (1, 2, 4, 8)]
+    # By rows. Without drafts up to the most requests; with five as many as a step has rows for.
+    places = [(1, 0), (2, 0), (4, 0), (1, 5), (8, 0), (12, 0), (2, 5), (4, 5), (8, 5)]
     assert asked == [(1, 5), *places]  # the first to warm up
     assert costs.points == tuple((r, n, 1e-3 * r * (1 + n)) for r, n in places if r <= 8)
     assert measured(rows=24)[1][-1] == (4, 5)

@@ -195,8 +195,8 @@ def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCo
         for requests in counts
         if requests * (1 + nodes) <= scheduler.max_num_batched_tokens
     ]
-    # Steps without drafts are what the others are held against: they come first.
-    places.sort(key=lambda place: (place[1] > 0, place[0] * (1 + place[1])))
+    # Where time is short, all sizes are known for few requests.
+    places.sort(key=lambda place: (place[0] * (1 + place[1]), place[1]))
     points: list[tuple[int, int, float]] = []
     took, rows_then = 0.0, 1
     for requests, nodes in places:
