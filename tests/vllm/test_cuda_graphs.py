@@ -145,11 +145,10 @@ def other_drafts(tmp_path_factory):
 
 def test_sizes_left_to_the_plugin_follow_the_requests(other_drafts):
     """Graphs are there for all of them, and hold what eager steps do; scheduled asynchronously."""
-    eager, got = (
-        answers("moving", graphs, async_scheduling=True, best=MOST, draft=other_drafts["tree"])
-        for graphs in (None, DECODING)
-    )
+    options = {"async_scheduling": True, "best": MOST, "draft": other_drafts["tree"]}
+    eager, got = answers("moving", **options), answers("moving", DECODING, timed=(0, 16), **options)
     assert got["ids"] == eager["ids"] == answers(None)["ids"]
+    assert len(got["times"]) == 2 and min(got["times"]) > 0
     assert got["acceptance"] == eager["acceptance"]
     assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
     assert got["steps"] == eager["steps"]
