@@ -6,8 +6,10 @@
 
 The rule of vllm_msd/budget with the cost tables of vllm_msd/roofline. Each batch size gets the
 depth and the nodes that the rule takes for usual requests: as many tokens are accepted as a tree of
-60 nodes accepts in --tokens, and less by smaller ones. A fixed tree and chain stand beside it. No
-GPU is needed, and nothing here was measured on one.
+60 nodes accepts in --tokens, and less by smaller ones. Fixed trees and a chain stand beside it, and
+each of these with the schedule of sizes that Model Runner V2 follows (a star): a part of its nodes,
+the same for each request, and the draft reads along where there are none. No GPU is needed, and
+nothing here was measured on one.
 """
 
 import argparse
@@ -19,7 +21,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.roofline import NOTE, load_figure
-from vllm_msd.budget import PAPER_TREE, CostTable, best_rate, expected_tree, ratio_for
+from vllm_msd.budget import (
+    PAPER_TREE,
+    AcceptancePrior,
+    CostTable,
+    SizeCosts,
+    SizeSchedule,
+    best_rate,
+    candidate_sizes,
+    expected_tree,
+    ratio_for,
+)
 from vllm_msd.errors import MSDError
 from vllm_msd.roofline.budget_costs import BATCHES, gpu_costs
 from vllm_msd.roofline.shapes import DEVICES, SHAPES
@@ -83,6 +95,7 @@ def rows(model: str, device: str, ratio: float, context: int, hidden: bool) -> l
         tree: gpu_costs(shape, gpu, tree, context=context, hidden=hidden)
         for tree in (*FIXED.values(), CHAIN)
     }
+    schedules = {name: schedule(tree, tables[tree], ratio) for name, tree in FIXED.items()}
     for batch in BATCHES:
         none = batch / float(tables[TREE].step_seconds(batch, batch))
         best, depth, nodes, top_k = max(
@@ -95,6 +108,7 @@ def rows(model: str, device: str, ratio: float, context: int, hidden: bool) -> l
                 "nodes": nodes,
                 **{name: round(fixed(tree, tables[tree], ratio, batch) / none, 3)
                    for name, tree in FIXED.items()},
+                "schedule": {name: followed(rule, batch, none) for name, rule in schedules.items()},
             }
         )  # fmt: skip
     return found
@@ -124,18 +138,49 @@ def fixed(tree: TreeConfig, costs: CostTable, ratio: float, batch: int) -> float
     return batch * (1 + float(chances.sum())) / float(seconds)
 
 
+def schedule(tree: TreeConfig, costs: CostTable, ratio: float) -> SizeSchedule:
+    """The sizes by number of requests that Model Runner V2 follows, before anything is learned.
+
+    Where it drafts nothing, the draft still reads what the target has written.
+    """
+    sizes = candidate_sizes(tree.num_nodes)
+    points = []
+    for batch in BATCHES:
+        for nodes in sizes:
+            rows = batch * (1 + nodes)
+            depth = 1 + tree.shape.levels_for(nodes) if nodes else 1
+            seconds = costs.step_seconds(batch, rows) + costs.draft_seconds(batch, rows, depth)
+            points.append((batch, nodes, float(seconds)))
+    prior = AcceptancePrior(by_depth=(ratio,))
+    return SizeSchedule(tree, sizes, SizeCosts.of(points), BATCHES[-1], prior)
+
+
+def followed(rule: SizeSchedule, batch: int, none: float) -> list[float]:
+    """Speed-up over ``none`` tokens per second, and nodes of a request, by a schedule."""
+    nodes = rule.table()[batch]
+    rate = rule.rates()[batch - 1, rule.sizes.tolist().index(nodes)]
+    return [round(float(rate) / none, 3), nodes]
+
+
 def as_text(result: dict[str, Any]) -> str:
     """The rows as a table."""
     names = ["auto", *FIXED]
+    stars = [f"{name}*, nodes" for name in FIXED]
     lines = [
         f"Speed-up over no speculation: {NOTE}. Launches hidden behind the GPU's work, or in turn.",
-        f"{'':22}{'batch':>6} {'depth':>6} {'nodes':>6} " + " ".join(f"{n:>8}" for n in names),
+        f"{'':22}{'batch':>6} {'depth':>6} {'nodes':>6} "
+        + " ".join([*(f"{n:>8}" for n in names), *(f"{n:>15}" for n in stars)]),
     ]
     for row in result["rows"]:
         where = (
             f"{row['model']} {row['device']} {'hidden' if row['launches_hidden'] else 'in turn'}"
         )
-        figures = " ".join(f"{row[name]:8.2f}" for name in names)
+        figures = " ".join(
+            [
+                *(f"{row[name]:8.2f}" for name in names),
+                *(f"{speed:11.2f}, {nodes:2}" for speed, nodes in row["schedule"].values()),
+            ]
+        )
         lines.append(f"{where:<30}{row['batch']:>4} {row['depth']:>6} {row['nodes']:>6} {figures}")
     return "\n".join(lines)
 
@@ -151,6 +196,9 @@ def plot(result: dict[str, Any], target: Path) -> None:
             for number, name in enumerate(["auto", *FIXED]):
                 panel.plot(BATCHES, [r[name] for r in slow], color=f"C{number}", label=name,
                            linewidth=2.5 if name == "auto" else 1)  # fmt: skip
+                if name in FIXED:
+                    panel.plot(BATCHES, [r["schedule"][name][0] for r in slow], "--",
+                               color=f"C{number}", label=f"{name}, by a schedule")  # fmt: skip
             panel.plot([*EAGLE_4], [*EAGLE_4.values()], "x", color="gray",
                        label="EAGLE-4, 27B on 4 B300 (its authors)")  # fmt: skip
             panel.axhline(1, color="black", linewidth=0.8)

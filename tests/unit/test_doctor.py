@@ -154,3 +154,22 @@ def test_costs_of_a_target(monkeypatch, tmp_path):
     (found,) = doctor.costs("org/t")
     assert found.name == "chain of 8, float32, measured to batch 1" and found.fix is None
     assert "1: 10.0 and 20.0" in found.value and "level of the draft 1.5" in found.value
+
+
+def test_costs_of_a_target_by_sizes(monkeypatch, tmp_path):
+    """And what a server would draft by them."""
+    pytest.importorskip("vllm")
+    from vllm_msd.budget import SizeCosts
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    (tmp_path / "msd_costs").mkdir()
+    table = SizeCosts.of([(1, 0, 0.01), (4, 0, 0.01), (1, 16, 0.012), (4, 16, 0.05)])
+    key = {
+        "model": "org/t", "shape": [16, 6, 3], "dtype": "torch.float16", "sizes": [0, 16],
+        "requests": 4, "acceptance": None,
+    }  # fmt: skip
+    table.save(tmp_path / "msd_costs" / "a.json", key)
+    (found,) = doctor.costs("org/t")
+    assert found.name == "tree 16, 6, 3, float16, measured to batch 4" and found.fix is None
+    assert "with 16 each, ms by requests: 1: 10.0 and 12.0" in found.value
+    assert found.value.endswith("nodes to begin with, by requests: 1-3: 16, 4: none")

@@ -7,9 +7,13 @@ an eager one by its tokens *and* its accepted counts: a wrong draft changes no t
 Not covered: what a GPU computes, streams, piecewise graphs; see ``tests.common.cuda_graphs``.
 """
 
+import json
 from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.common import tiny
 from tests.common.tree_mutations import SHOWS_IN_OUTPUT
@@ -25,6 +29,7 @@ DRAFTS = {
     "chain": {"spec_tokens": 5},
     "tree": {"spec_tokens": 16, "tree": (5, 4)},
     "schedule": {"spec_tokens": 16, "tree": (5, 4), "schedule": SCHEDULE},
+    "moving": {"spec_tokens": 16},
 }
 DECODING = "FULL_DECODE_ONLY"
 # Trees of fewer nodes than a whole one is deep keep vLLM's own prefill of the draft, which issues
@@ -37,17 +42,16 @@ CASES = [
 
 
 @cache
-def answers(draft, graphs=None, **options):
+def answers(kind, graphs=None, **options):
     pair = demo_pair()
+    draft = str(pair.draft) if kind else None
     return run_worker(
         "graph_answers",
         "v2",
         wiring={"graphs": graphs},
         target=str(pair.target),
-        draft=str(pair.draft) if draft else None,
         requests=8,
-        **(DRAFTS[draft] if draft else {}),
-        **options,
+        **{"draft": draft, **(DRAFTS[kind] if kind else {}), **options},
     )
 
 
@@ -115,6 +119,58 @@ def test_a_threshold_of_a_schedule_costs_nothing_but_its_rows():
     assert max(s["outside"] for s in many) <= max(s["outside"] for s in few) + OTHER_PREFILL
     levels = {s["graphs"][2] for s in many if s not in crossing}
     assert max(levels) < min(s["graphs"][2] for s in few) / 2
+
+
+MOST = (16, 8, 4, 2, 2, 0)  # nodes that pay, by requests
+
+
+@pytest.fixture(scope="module")
+def other_drafts(tmp_path_factory):
+    """The demo's draft as one that prefers trees, and with its input shuffled."""
+    root, own = tmp_path_factory.mktemp("drafts"), Path(demo_pair().draft)
+    config = json.loads((own / "config.json").read_text())
+    tree, wrong = root / "tree", root / "wrong"
+    tree.mkdir()
+    wrong.mkdir()
+    sizes = {"num_speculative_tokens": 16, "tree_depth": 5, "tree_top_k": 4}
+    (tree / "config.json").write_text(json.dumps(config | sizes))
+    (tree / "model.safetensors").symlink_to(own / "model.safetensors")
+    weights = load_file(own / "model.safetensors")
+    order = torch.randperm(len(weights["fc.weight"]), generator=torch.manual_seed(0))
+    weights["fc.weight"] = weights["fc.weight"][order].contiguous()
+    save_file(weights, wrong / "model.safetensors")
+    (wrong / "config.json").write_text(json.dumps(config))
+    return {"tree": str(tree), "wrong": str(wrong)}
+
+
+def test_sizes_left_to_the_plugin_follow_the_requests(other_drafts):
+    """Graphs are there for all of them, and hold what eager steps do; scheduled asynchronously."""
+    options = {"async_scheduling": True, "best": MOST, "draft": other_drafts["tree"]}
+    eager, got = answers("moving", **options), answers("moving", DECODING, timed=(0, 16), **options)
+    assert got["ids"] == eager["ids"] == answers(None)["ids"]
+    assert len(got["times"]) == 2 and min(got["times"]) > 0
+    assert got["acceptance"] == eager["acceptance"]
+    assert got["acceptance"]["accepted"] > 20 and got["acceptance"]["rejected"] > 20
+    assert got["steps"] == eager["steps"]
+    others = [step for step in got["steps"] if step[1] != MOST[step[0] - 1]]
+    assert len(others) <= 1 and all(n > MOST[requests - 1] for requests, n in others)  # a probe
+    asked = [nodes for _, nodes in got["steps"]]
+    assert set(asked) == set(MOST) and asked.count(0) > 10
+    assert max(asked[asked.index(0) :]) == 16, "none at first, and all when the others are gone"
+    used = {size for size, count in got["replays"]["target"].items() if count}
+    assert {int(size.split()[2]) // int(size.split()[0]) for size in used} == {1, 3, 5, 9, 17}
+
+
+def test_a_wrong_draft_is_hardly_asked(other_drafts):
+    """After made-up requests whose steps were timed, which leave nothing behind."""
+    got = answers("moving", best=(5,) * 6, draft=other_drafts["wrong"], timed=(0, 5), spec_tokens=5)
+    assert got["ids"] == answers(None)["ids"]
+    assert len(got["times"]) == 2 and min(got["times"]) > 0
+    assert got["acceptance"]["accepted"] < got["acceptance"]["rejected"] / 20
+    asked = [nodes for _, nodes in got["steps"]]
+    assert asked[0] == 5
+    late = asked[asked.index(0) :]
+    assert len(late) > 20 and 0 < sum(nodes > 0 for nodes in late) <= 2  # probes
 
 
 OWN = ((), (("msd", False),), (("msd_max_nodes", 2),))

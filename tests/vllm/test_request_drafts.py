@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_msd.vllm_plugin import request_drafts
+from vllm_msd.vllm_plugin import request_drafts, scheduled_sizes
 
 PLACEHOLDERS = [-1] * 5
 
@@ -19,7 +19,8 @@ class Scheduler:
     """What vLLM's does with drafts: schedules those of every running request."""
 
     def __init__(self, requests, v2=True):
-        self.requests, self.use_v2_model_runner, self.vllm_config = requests, v2, None
+        self.requests, self.use_v2_model_runner = requests, v2
+        self.vllm_config = SimpleNamespace(speculative_config=None)
         self.running = list(requests.values())
 
     @request_drafts.wrap_schedule
@@ -69,3 +70,117 @@ def test_other_engines_are_left_alone(monkeypatch, is_msd):
     found = Scheduler({"none": request(msd=False)}, v2=not is_msd).schedule()
     assert found.num_scheduled_tokens == {"none": 6}
     assert found.num_spec_tokens_to_schedule == 5
+
+
+# Sizes left to the plugin -------------------------------------------------------------------------
+
+
+def engine_config(sizes=(0, 2, 5), costs=((1, 0, 0.1), (2, 0, 0.1), (1, 5, 0.1), (1, 2, 0.1))):
+    draft = SimpleNamespace(
+        msd_draft={"msd_acceptance": None}, msd_tree_depth=5, msd_tree_top_k=1, msd_sizes=sizes,
+        msd_costs=costs,
+    )  # fmt: skip
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=5, draft_model_config=SimpleNamespace(hf_config=draft)
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
+    )
+
+
+class MovingScheduler(Scheduler):
+    """And looks the number of drafts up, as vLLM's does."""
+
+    dynamic_sd_lookup = (0, 9, 9)
+    num_spec_tokens = 5
+
+    def __init__(self, requests, **config):
+        super().__init__(requests)
+        self.vllm_config = engine_config(**config)
+
+    @request_drafts.wrap_schedule
+    def schedule(self, throttle_prefills=False):
+        count = len(self.requests)
+        return SimpleNamespace(
+            num_scheduled_tokens=dict.fromkeys(self.requests, 1),
+            num_spec_tokens_to_schedule=self.dynamic_sd_lookup[count],
+        )
+
+    @scheduled_sizes.wrap_make_spec_decoding_stats
+    def make_spec_decoding_stats(self, stats, drafted, accepted, invalid, request_id):
+        return (stats, drafted, accepted, invalid, request_id)
+
+
+def test_sizes_left_to_the_plugin_follow_what_is_accepted():
+    """Drafts that cost nothing more pay as long as some are accepted."""
+    scheduler = MovingScheduler({"a": request()})
+    for _ in range(40):
+        assert scheduler.schedule().num_spec_tokens_to_schedule == 5
+        seen = scheduler.make_spec_decoding_stats(None, 5, 4, None, "a")
+        assert seen == (None, 5, 4, None, "a")
+    for _ in range(400):
+        scheduler.schedule()
+        scheduler.make_spec_decoding_stats(None, 5, 0, {"a": 0}, "a")
+    rule = scheduled_sizes.sizes_of(scheduler).rule
+    assert rule.accepted.of_all()[5] < 0.6
+    # Two requests with drafts were not measured: they take as long as twice one.
+    scheduler.requests = {"a": request(), "b": request()}
+    asked = [scheduler.schedule().num_spec_tokens_to_schedule for _ in range(40)]
+    assert asked.count(0) > 35 and max(asked) > 0  # what is left are probes
+    assert rule.gist().endswith("2: none")
+
+
+def test_what_a_grammar_forbids_was_not_drafted():
+    scheduler = MovingScheduler({"a": request()})
+    scheduler.schedule()
+    noted = []
+    rule = scheduled_sizes.sizes_of(scheduler).rule
+    rule.observe = lambda *counts: noted.append(counts)
+    scheduler.make_spec_decoding_stats(None, 5, 1, {"a": 2, "b": 1}, "a")
+    scheduler.make_spec_decoding_stats(None, 0, 0, None, "a")
+    assert noted == [(3, 1)]
+
+
+def test_where_no_steps_were_timed_all_are_drafted():
+    """As where vLLM has fallen back to Model Runner V1."""
+    scheduler = MovingScheduler({"a": request()}, costs=None)
+    assert scheduler.schedule().num_spec_tokens_to_schedule == 5
+    assert scheduler.dynamic_sd_lookup == [5, 5, 5]
+
+
+class Executor:
+    """Workers whose steps take a second a row; one asks them all."""
+
+    def __init__(self, room):
+        self.room, self.asked = room, []
+
+    def collective_rpc(self, method, args=()):
+        if method.__name__ == "machine_of":
+            return [{"gpu": "some"}, {"gpu": "other"}]
+        self.asked.append(args)
+        requests, nodes = args
+        found = 1e-3 * requests * (1 + nodes) if requests <= self.room else None
+        return [found, None]
+
+
+def measured(room=8, seconds=8.0, rows=64):
+    config = engine_config((0, 5))
+    config.scheduler_config = SimpleNamespace(max_num_seqs=12, max_num_batched_tokens=rows)
+    executor = Executor(room)
+    return scheduled_sizes.measure(executor, config, seconds), executor.asked
+
+
+def test_costs_are_those_of_the_first_rank_where_there_is_room():
+    costs, asked = measured()
+    # By rows. Without drafts up to the most requests; with five as many as a step has rows for.
+    places = [(1, 0), (2, 0), (4, 0), (1, 5), (8, 0), (12, 0), (2, 5), (4, 5), (8, 5)]
+    assert asked == [(1, 5), *places]  # the first to warm up
+    assert costs.points == tuple((r, n, 1e-3 * r * (1 + n)) for r, n in places if r <= 8)
+    assert measured(rows=24)[1][-1] == (4, 5)
+    assert measured(room=0)[0] is None
+
+
+def test_measuring_ends_when_its_time_is_over():
+    """The first point is measured in any case, or there would be no costs."""
+    costs, asked = measured(seconds=0.0)
+    assert asked == [(1, 5), (1, 0)] and len(costs.points) == 1

@@ -15,8 +15,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from tests.common.configuring import configure, msd, tree
+from vllm_msd.vllm_plugin.configuration import auto_sizes
 from vllm_msd.vllm_plugin.configuration import tree_settings as settings
-from vllm_msd.vllm_plugin.configuration.capture_sizes import add_larger_graphs, drafted_by_requests
+from vllm_msd.vllm_plugin.configuration.capture_sizes import (
+    MANY_REQUESTS,
+    add_larger_graphs,
+    drafted_by_requests,
+)
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -125,6 +130,33 @@ def test_capture_sizes_follow_every_size_of_a_schedule(pair):
     assert {25, 50, 75, 100, *(8 * n for n in (1, 2, 5, 8, 10, 12, 16)), 64} <= sizes
 
 
+def test_graphs_for_sizes_that_move(pair, monkeypatch):
+    """Each size has graphs of every number of requests up to 256, no other's; chains as trees."""
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    everywhere = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: everywhere)
+    monkeypatch.setattr(
+        cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None)
+    )
+    monkeypatch.setattr(auto_sizes, "runs_v2", lambda: True)
+    config = with_graphs(pair, {}, seqs=256)
+    assert drafted_by_requests(config) == dict.fromkeys(range(1, 257), (0, 1, 2, 3, 5))
+    manager = cudagraph_utils.CudaGraphManager(
+        config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, config.num_speculative_tokens + 1
+    )
+    found = {}
+    for desc in manager._capture_descs[CUDAGraphMode.FULL]:
+        found.setdefault(desc.uniform_token_count, []).append(desc.num_reqs)
+    assert set(found) == {1, 2, 3, 4, 6}
+    assert all(sorted(counts) == list(MANY_REQUESTS) for counts in found.values())
+    # A batch between two of them pads the next one of its own kind.
+    monkeypatch.setattr(manager, "_graphs_captured", True)
+    for requests, rows, padded in ((9, 4, 10), (33, 6, 40), (200, 1, 224), (256, 6, 256)):
+        desc = manager.dispatch(requests, requests * rows, rows, 0)
+        assert (desc.num_reqs, desc.uniform_token_count) == (padded, rows)
+
+
 def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monkeypatch):
     """One for each number that a batch, padded to the graph's, can ask for; none for none."""
     from vllm.v1.worker.gpu import cudagraph_utils
@@ -141,8 +173,10 @@ def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monke
     config = with_graphs(pair, tree(24, 5, 6) | schedule, seqs=64, sizes=sizes)
     shape = settings.tree_config(config).shape
     drafted = drafted_by_requests(config)
-    assert [drafted[n] for n in (1, 5, 6, 16, 17, 64)] == [24, 24, 3, 3, 0, 0]
-    levels = {n: shape.levels_for(nodes) for n, nodes in drafted.items() if nodes}
+    assert [drafted[n] for n in (1, 5, 6, 16, 17, 64)] == [
+        (24,), (24,), (3,), (3,), (0,), (0,)
+    ]  # fmt: skip
+    levels = {n: shape.levels_of(nodes) for n, nodes in drafted.items()}
     manager = TreeCudaGraphManager(
         config, "cpu", CUDAGraphMode.FULL_DECODE_ONLY, shape.top_k, levels
     )
@@ -152,7 +186,7 @@ def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monke
     counts = sorted({n for (_, _), (d,) in manager._candidates.items() for n in [d.num_reqs]})
     smaller = 0
     for n in counts:
-        expected = {levels[batch] for batch in range(smaller + 1, n + 1) if batch in levels}
+        expected = {x for batch in range(smaller + 1, n + 1) for x in levels[batch]}
         assert {x for m, x in found if m == n} == expected, n
         smaller = n
     assert {x for _, x in found} == {2, 4} and max(counts) > max(n for n, _ in found)

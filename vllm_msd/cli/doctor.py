@@ -307,7 +307,8 @@ def costs(target: str) -> Iterator[Finding]:
     """The cost tables that servers of this target left on this machine, newest first."""
     from vllm import envs
 
-    from vllm_msd.budget.costs import CostTable
+    from vllm_msd.budget import AcceptancePrior, CostTable, SizeCosts, SizeSchedule
+    from vllm_msd.tree.config import TreeConfig
 
     folder = Path(envs.VLLM_CACHE_ROOT) / "msd_costs"
     wanted = {target, str(Path(target).resolve())}
@@ -317,15 +318,21 @@ def costs(target: str) -> Iterator[Finding]:
             key = json.loads(path.read_text())["key"]
         except (ValueError, KeyError, TypeError):
             continue  # damaged: the next server measures again
-        table = CostTable.load(path, key)
-        if table is None or key.get("model") not in wanted:
+        table, sizes = CostTable.load(path, key), SizeCosts.load(path, key)
+        if (table is None and sizes is None) or key.get("model") not in wanted:
             continue
         found += 1
         nodes, depth, top_k = key["shape"]
         what = f"chain of {nodes}" if top_k == 1 else f"tree {nodes}, {depth}, {top_k}"
-        most = max(requests for requests, _, _ in table.step)
+        most = max(requests for requests, *_ in (table.step if table else sizes.points))
         name = f"{what}, {key['dtype'].removeprefix('torch.')}, measured to batch {most}"
-        yield Finding("costs", name, table.gist())
+        gist = table.gist() if table else sizes.gist()
+        if sizes:  # and what a server would begin with
+            prior = AcceptancePrior.from_config(key["acceptance"])
+            shape = TreeConfig(nodes, depth, top_k)
+            rule = SizeSchedule(shape, key["sizes"], sizes, key["requests"], prior)
+            gist += f"; nodes to begin with, by requests: {rule.gist()}"
+        yield Finding("costs", name, gist)
     if not found:
         value = "none measured yet: the first server without given sizes does, at its start"
         yield Finding("costs", target, value)

@@ -4,6 +4,7 @@ Source: EAGLE-2's dynamic trees (arXiv 2406.16858) as used by MSD. Nothing here 
 model; it is handed in as a function.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,6 +77,10 @@ class TreeShape:
     def levels_for(self, num_nodes: int) -> int:
         """Expansions that the first ``num_nodes`` nodes (at least 1) can need, see `cut`."""
         return min(num_nodes - 1, self.depth)
+
+    def levels_of(self, sizes: Iterable[int]) -> set[int]:
+        """`levels_for` of several numbers of nodes; none needs no levels at all."""
+        return {self.levels_for(nodes) for nodes in sizes if nodes}
 
     def shallower(self, depth: int) -> "TreeShape":
         """Of a tree with ``depth`` expansions and as many of this one's nodes as it proposes.

@@ -1,4 +1,5 @@
-"""Requests that want fewer drafts than others, or none, under Model Runner V2.
+"""What a step of vLLM's scheduler drafts, under Model Runner V2: sizes left to the plugin, and
+requests that want fewer drafts than others, or none.
 
 Nodes stand in the order of their probability, so a request's first n are the best n. vLLM
 schedules what a request's list of drafts holds; it is cut before. The worker drafts for all alike,
@@ -15,6 +16,7 @@ from typing import Any
 from vllm_msd.vllm_plugin.configuration.request_options import node_limit
 from vllm_msd.vllm_plugin.drafted_nodes import note_scheduled
 from vllm_msd.vllm_plugin.runners import is_msd
+from vllm_msd.vllm_plugin.scheduled_sizes import sizes_of
 
 
 def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,8 +24,13 @@ def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def schedule(self: Any, throttle_prefills: bool = False) -> Any:
-        if not self.use_v2_model_runner or not is_msd(self.vllm_config):
+        if not is_msd(self.vllm_config):
             return original(self, throttle_prefills)
+        sizes = sizes_of(self)
+        if not self.use_v2_model_runner:
+            return original(self, throttle_prefills)
+        if sizes is not None:
+            self.dynamic_sd_lookup = sizes.rule.table()
         cut_drafts(self.running)
         output = original(self, throttle_prefills)
         scheduled = (self.requests[req_id] for req_id in output.num_scheduled_tokens)
@@ -31,6 +38,8 @@ def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             node_limit(request.sampling_params) == 0 for request in scheduled
         ):
             output.num_spec_tokens_to_schedule = 0
+        if sizes is not None:
+            sizes.scheduled(output)
         note_scheduled(self, output)
         return output
 

@@ -12,6 +12,11 @@ import torch
 from tests.common.cuda_graphs import sabotage
 from tests.common.cuda_graphs.adaptive import adaptive_verification
 from tests.common.cuda_graphs.engines import replays
+from tests.common.cuda_graphs.moving_sizes import (
+    left_to_the_plugin,
+    steps_of,
+    time_some_steps,
+)
 from tests.common.fp32_engine import (
     acceptance,
     counted,
@@ -113,6 +118,8 @@ def graph_answers(
     schedule: list[list[int]] | None = None,
     own: list[list[tuple[str, Any]]] | None = None,
     free_rows: int | None = None,
+    best: list[int] | None = None,
+    timed: list[int] | None = None,
     options: dict[str, Any] | None = None,
     profile: bool = False,
 ) -> dict[str, Any]:
@@ -134,6 +141,8 @@ def graph_answers(
         schedule: drafted tokens by batch size, see `open_engine`.
         own: what requests say about their own drafts, in turn (``extra_args``).
         free_rows: verify adaptively, see `adaptive_verification`; None for all drafts.
+        best: leave sizes to the plugin, by costs that favour these, see `left_to_the_plugin`.
+        timed: numbers of nodes whose steps are timed first, with two made-up requests.
         options: of the engine, over `OPTIONS`.
         profile: run vLLM's memory profile once more, and look.
     """
@@ -156,7 +165,9 @@ def graph_answers(
         grow.LOGITS_BYTES = logits_bytes  # of this process
     settings = {**OPTIONS, **(options or {}), "adaptive": free_rows is not None}
     watching = adaptive_verification(free_rows) if free_rows else nullcontext([])
-    with watching as budgets:
+    if best is not None:
+        settings["speculative_config"] = {"method": "msd", "model": draft}
+    with watching as budgets, left_to_the_plugin(best) if best else nullcontext():
         with forced_async_scheduling() if async_scheduling else nullcontext():
             engine = open_engine(
                 target, draft, spec_tokens, tree=tree, schedule=schedule, **settings
@@ -164,7 +175,8 @@ def graph_answers(
         model_runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
         if bug is not None:
             getattr(sabotage, bug)(model_runner)
-        with scheduled_drafts(engine) as drafts:
+        times = time_some_steps(engine, 2, timed) if timed else []
+        with scheduled_drafts(engine) as drafts, steps_of(engine) as steps:
             outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
     return {
         "speculator": type(model_runner.speculator).__name__,
@@ -174,6 +186,8 @@ def graph_answers(
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
         "budgets": [[budget, own.tolist()] for budget, own in budgets],
+        "steps": steps,
+        "times": times,
         "drafts": [drafts[output.request_id] for output in outputs],
         "replays": replays(engine),
         "launches": launches_of_a_round(model_runner),

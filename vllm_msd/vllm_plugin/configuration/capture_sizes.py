@@ -9,31 +9,42 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_msd.vllm_plugin.configuration.tree_settings import is_msd_config, wants_trees
+from vllm_msd.vllm_plugin.configuration.tree_settings import (
+    is_msd_config,
+    scheduled_sizes,
+    wants_trees,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # Numbers of requests to capture: padding adds a third at most, from 12 on a quarter.
 REQUESTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+# And where sizes follow the load, so that large batches have small ones.
+MANY_REQUESTS = (*REQUESTS, 80, 96, 112, 128, 160, 192, 224, 256)
 # A step of so many rows takes its time on any device; its launches are no longer what costs.
 MAX_ROWS = 2048
 
 
-def drafted_by_requests(vllm_config: VllmConfig) -> dict[int, int]:
-    """Tokens that a step drafts, by its number of requests: one number, or those of a schedule."""
+def drafted_by_requests(vllm_config: VllmConfig) -> dict[int, tuple[int, ...]]:
+    """Tokens that a step may draft, by its number of requests.
+
+    One number, that of a schedule, or any of those that the scheduler chooses from by itself.
+    """
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     config, most = vllm_config.speculative_config, vllm_config.num_speculative_tokens
     largest = vllm_config.scheduler_config.max_num_seqs
     schedule = config.num_speculative_tokens_per_batch_size
+    if sizes := scheduled_sizes(vllm_config):
+        return dict.fromkeys(range(1, largest + 1), tuple(sizes))
     if not schedule:
-        return dict.fromkeys(range(1, largest + 1), most)
+        return dict.fromkeys(range(1, largest + 1), (most,))
     tokens = build_dynamic_sd_schedule_lookup(schedule, largest, most)
-    return {batch: tokens[batch] for batch in range(1, largest + 1)}
+    return {batch: (tokens[batch],) for batch in range(1, largest + 1)}
 
 
 def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
@@ -41,20 +52,24 @@ def requests_by_rows(vllm_config: VllmConfig) -> dict[int, int]:
 
     That is a row more than its drafted tokens.
     """
-    return {drafted + 1: batch for batch, drafted in drafted_by_requests(vllm_config).items()}
+    by_requests = drafted_by_requests(vllm_config).items()
+    return {n + 1: batch for batch, drafted in by_requests for n in drafted}
 
 
-def tree_capture_sizes(by_rows: dict[int, int], max_rows: int) -> set[int]:
+def tree_capture_sizes(
+    by_rows: dict[int, int], max_rows: int, requests: Sequence[int] = REQUESTS
+) -> set[int]:
     """Rows of the decoding batches that are worth a graph.
 
     Args:
         by_rows: of `requests_by_rows`.
         max_rows: of a step.
+        requests: numbers of requests to capture, rising.
     """
     return {
         rows * n
         for rows, most in by_rows.items()
-        for n in {*REQUESTS, min(most, REQUESTS[-1])}
+        for n in {*requests, min(most, requests[-1])}
         if n <= most and rows * n <= min(max_rows, MAX_ROWS)
     }
 
@@ -68,10 +83,14 @@ def wrap_set_cudagraph_sizes(original: Callable[[Any], None]) -> Callable[[Any],
         given = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
         original(self)
         sizes = compilation.cudagraph_capture_sizes
-        if given != (None, None) or not sizes or not wants_trees(self):
+        if given != (None, None) or not sizes:
+            return
+        if not wants_trees(self) and not _moves(self):
             return
         added = tree_capture_sizes(
-            requests_by_rows(self), self.scheduler_config.max_num_batched_tokens
+            requests_by_rows(self),
+            self.scheduler_config.max_num_batched_tokens,
+            MANY_REQUESTS if _moves(self) else REQUESTS,
         )
         compilation.cudagraph_capture_sizes = sorted({*sizes, *added})
         compilation.max_cudagraph_capture_size = max(*sizes, *added)
@@ -87,9 +106,45 @@ def wrap_init_candidates(original: Callable[[Any], None]) -> Callable[[Any], Non
         original(self)
         config = self.vllm_config.speculative_config
         if is_msd_config(config) and config.num_speculative_tokens_per_batch_size:
+            if _moves(self.vllm_config):
+                thin_out(self._candidates, self._capture_descs)
             add_larger_graphs(self._candidates, self._capture_descs)
 
     return init_candidates
+
+
+def _moves(vllm_config: VllmConfig) -> bool:
+    """Whether the scheduler chooses a step's number of drafted tokens by itself."""
+    return is_msd_config(vllm_config.speculative_config) and bool(scheduled_sizes(vllm_config))
+
+
+def thin_out(
+    candidates: Mapping[tuple[int, int], list[Any]], captured: Mapping[Any, list[Any]]
+) -> None:
+    """Leave out graphs of numbers of requests that a slightly larger one can take as well.
+
+    vLLM rounds each size that it captures to each number of rows that a request may have: with
+    six numbers, six graphs for each. Those of `MANY_REQUESTS` stay, those of more requests, and the
+    largest of each kind.
+
+    Args:
+        candidates, captured: as in `add_larger_graphs`, which fills the gaps.
+    """
+    largest: dict[tuple[int, int], int] = {}
+    every = [desc for descs in captured.values() for desc in descs]
+    for desc in every:
+        if desc.uniform_token_count is not None:
+            kind = desc.num_active_loras, desc.uniform_token_count
+            largest[kind] = max(largest.get(kind, 0), desc.num_reqs)
+
+    def stays(desc: Any) -> bool:
+        requests, rows = desc.num_reqs, desc.uniform_token_count
+        if rows is None or requests in MANY_REQUESTS or requests > MANY_REQUESTS[-1]:
+            return True
+        return requests == largest[desc.num_active_loras, rows]
+
+    for descs in (*captured.values(), *candidates.values()):
+        descs[:] = [desc for desc in descs if stays(desc)]
 
 
 def add_larger_graphs(

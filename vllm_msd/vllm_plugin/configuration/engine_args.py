@@ -20,7 +20,13 @@ from vllm_msd.budget import AUTO
 from vllm_msd.errors import ConfigError
 from vllm_msd.vllm_plugin import METHOD
 from vllm_msd.vllm_plugin.configuration import guards, resolve, values
-from vllm_msd.vllm_plugin.configuration.auto_sizes import auto_shapes, is_auto, settings_of
+from vllm_msd.vllm_plugin.configuration.auto_sizes import (
+    auto_shapes,
+    is_auto,
+    schedule_of,
+    settings_of,
+    sizes_to_schedule,
+)
 from vllm_msd.vllm_plugin.configuration.hf_config import MSDCheckpointConfig, build_draft_hf_config
 from vllm_msd.vllm_plugin.configuration.tree_backend import tree_attention_backend
 from vllm_msd.vllm_plugin.registration import DRAFT_ARCHITECTURES
@@ -122,6 +128,9 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
         shapes = _auto_shapes(self, request, draft, target_model_config, target_parallel_config)
         sizes = settings_of(shapes) if shapes else guards.size_settings(request, draft)
         request = {**request, **sizes}
+        scheduled = sizes_to_schedule(self, shapes)
+        if scheduled:
+            request["num_speculative_tokens_per_batch_size"] = schedule_of(scheduled)
         tree = guards.check_engine(
             self, request, draft, name, target_model_config, target_parallel_config
         )
@@ -142,6 +151,7 @@ def wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[...
             max_position_embeddings=target_model_config.max_model_len,
             tree=tree,
             auto=shapes,
+            sizes=scheduled,
         )
         with _arguments(self, vllm_request), _draft_config(hf_config):
             try:

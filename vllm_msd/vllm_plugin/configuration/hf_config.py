@@ -31,6 +31,7 @@ def build_draft_hf_config(
     max_position_embeddings: int,
     tree: TreeConfig,
     auto: Sequence[TreeConfig] = (),
+    sizes: Sequence[int] = (),
 ) -> PreTrainedConfig:
     """Build the Llama or Qwen2 config of one draft.
 
@@ -44,6 +45,8 @@ def build_draft_hf_config(
         tree: size of the trees (or chains) to draft; kept as `msd_tree_depth` and `msd_tree_top_k`.
         auto: the shapes that the engine chooses from, none where `tree` is fixed; kept as
             `msd_auto`, a list of numbers each.
+        sizes: numbers of nodes that the engine's scheduler chooses from, none where it does not;
+            kept as `msd_sizes`.
 
     Returns:
         a LlamaConfig (`layer_type` llama) or Qwen2Config (qwen2).
@@ -70,4 +73,5 @@ def build_draft_hf_config(
     config.msd_draft = draft.to_dict()
     config.msd_tree_depth, config.msd_tree_top_k = tree.depth, tree.top_k
     config.msd_auto = [list(astuple(shape)) for shape in auto]
+    config.msd_sizes = list(sizes)
     return config

@@ -22,9 +22,10 @@ def tree_config(vllm_config: VllmConfig) -> TreeConfig:
 
 
 def drafts_trees(speculative_config: SpeculativeConfig | None) -> bool:
-    """Whether this is MSD's speculative config, and it asks for trees, or for what pays."""
+    """Whether this is MSD's speculative config, and it asks for trees, or for what pays of both."""
     draft = getattr(getattr(speculative_config, "draft_model_config", None), "hf_config", None)
-    return getattr(draft, "msd_tree_top_k", 1) > 1 or bool(getattr(draft, "msd_auto", None))
+    either = bool(getattr(draft, "msd_auto", None)) and not getattr(draft, "msd_sizes", None)
+    return getattr(draft, "msd_tree_top_k", 1) > 1 or either
 
 
 def is_msd_config(speculative_config: SpeculativeConfig | None) -> bool:
@@ -56,6 +57,15 @@ def auto_shapes(vllm_config: VllmConfig) -> list[TreeConfig]:
     """What an MSD engine chooses from by itself, the largest first; none where sizes are fixed."""
     draft = vllm_config.speculative_config.draft_model_config.hf_config
     return [TreeConfig(*shape) for shape in getattr(draft, "msd_auto", None) or ()]
+
+
+def scheduled_sizes(vllm_config: VllmConfig) -> list[int]:
+    """Numbers of nodes that an MSD engine's scheduler chooses from by itself, rising from 0.
+
+    None where it does not choose: sizes are given, or Model Runner V1's drafter chooses.
+    """
+    draft = vllm_config.speculative_config.draft_model_config.hf_config
+    return list(getattr(draft, "msd_sizes", None) or ())
 
 
 def wrap_num_lookahead_tokens(original: Callable[[Any], int]) -> Callable[[Any], int]:

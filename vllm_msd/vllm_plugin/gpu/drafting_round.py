@@ -76,8 +76,8 @@ class DraftingRound:
         """Launch every kernel of drafting rounds, for a padding request and without attention."""
         s = self.speculator
         s.idx_mapping[:1].fill_(-1)
-        drafted = set(drafted_by_requests(s.vllm_config).values()) - {0}
-        for levels in {s.shape.levels_for(nodes) for nodes in drafted}:
+        drafted = {n for sizes in drafted_by_requests(s.vllm_config).values() for n in sizes}
+        for levels in s.shape.levels_of(drafted):
             self._set_query_starts(1)
             self.keep_roots(1)
             self.grow(slice(0, 1), levels, None, None)

@@ -125,7 +125,7 @@ class TreeSpeculator(ChainSpeculator):
         ):
             mode = CUDAGraphMode.FULL_DECODE_ONLY
         drafted = drafted_by_requests(self.vllm_config)
-        levels = {n: self.shape.levels_for(nodes) for n, nodes in drafted.items() if nodes}
+        levels = {n: self.shape.levels_of(nodes) for n, nodes in drafted.items()}
         self.decode_cudagraph_manager = TreeCudaGraphManager(
             self.vllm_config, self.device, mode, self.shape.top_k, levels
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,8 +38,8 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
     number that a batch which it takes can ask for, mostly one.
 
     Args:
-        levels: by number of requests, those that draft nothing left out; None for a pass that
-            knows no levels.
+        levels: by number of requests, all numbers of levels that they can ask for; None for a
+            pass that knows no levels.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
         device: torch.device,
         cudagraph_mode: CUDAGraphMode,
         decode_query_len: int,
-        levels: Mapping[int, int] | None = None,
+        levels: Mapping[int, Set[int]] | None = None,
     ) -> None:
         self.levels = levels
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
@@ -82,7 +82,8 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
             if self.levels is None:
                 descs.append(desc)
             else:
-                asked = {self.levels.get(batch) for batch in range(smaller + 1, n + 1)} - {None}
+                batches = range(smaller + 1, n + 1)
+                asked = {x for batch in batches for x in self.levels.get(batch, ())}
                 descs += [RoundDescriptor(**vars(desc), levels=x) for x in sorted(asked)]
             smaller = n
         self._capture_descs = {CUDAGraphMode.FULL: descs[::-1]} if descs else {}

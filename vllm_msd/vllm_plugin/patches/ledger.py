@@ -198,15 +198,61 @@ PATCHES: tuple[Patch, ...] = (
         target="vllm.v1.core.sched.scheduler:Scheduler.schedule",
         parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "throttle_prefills")),
         make="vllm_msd.vllm_plugin.request_drafts:wrap_schedule",
-        what="Under Model Runner V2, cuts a request's drafts to what its own `msd` options allow, "
-        "and asks for none where no request of a step wants any.",
-        why="vLLM drafts and verifies the same number for all requests of a step.",
-        remove_when="vLLM lets a request say how many tokens are drafted for it.",
+        what="Under Model Runner V2, gives the scheduler the sizes of the moment where they are "
+        "left to the plugin, cuts a request's drafts to what its own `msd` options allow, and asks "
+        "for none where no request of a step wants any.",
+        why="vLLM's schedule of drafted tokens does not move, and it drafts and verifies the same "
+        "number for all requests of a step.",
+        remove_when="vLLM lets a request say how many tokens are drafted for it, and a plugin "
+        "choose how many a step drafts.",
         used_as=(
             ("vllm.v1.core.sched.scheduler", "spec_token_ids = request.spec_token_ids"),
             (
+                "vllm.v1.core.sched.scheduler",
+                "num_spec_tokens_to_schedule = self.dynamic_sd_lookup[",
+            ),
+            (
                 "vllm.v1.worker.gpu.model_runner",
                 "num_spec_tokens = self.execute_model_state.num_spec_tokens_to_schedule",
+            ),
+        ),
+    ),
+    Patch(
+        name="step-costs",
+        target="vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+        parameters=dict.fromkeys(SUPPORTED_VERSIONS, ("self", "vllm_config")),
+        make="vllm_msd.vllm_plugin.scheduled_sizes:wrap_initialize_kv_caches",
+        what="Measures what steps cost, once the workers are ready, where sizes are left to the "
+        "plugin.",
+        why="The scheduler decides by what the workers measure, and vLLM has no hook between the "
+        "two.",
+        remove_when="vLLM lets a plugin choose how many tokens a step drafts.",
+        used_as=(
+            ("vllm.v1.engine.core", "kv_cache_config = self._initialize_kv_caches(vllm_config)"),
+        ),
+    ),
+    Patch(
+        name="accepted-tokens",
+        target="vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+        parameters=dict.fromkeys(
+            SUPPORTED_VERSIONS,
+            (
+                "self",
+                "spec_decoding_stats",
+                "num_draft_tokens",
+                "num_accepted_tokens",
+                "num_invalid_spec_tokens",
+                "request_id",
+            ),
+        ),
+        make="vllm_msd.vllm_plugin.scheduled_sizes:wrap_make_spec_decoding_stats",
+        what="Notes what each verification accepted, where sizes are left to the plugin.",
+        why="vLLM counts them for its statistics alone, which may be switched off.",
+        remove_when="As above.",
+        used_as=(
+            (
+                "vllm.v1.core.sched.scheduler",
+                "spec_decoding_stats = self.make_spec_decoding_stats(",
             ),
         ),
     ),
