@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from vllm_msd.bench import engines, true_shapes
 from vllm_msd.bench.arms import parse_arms
@@ -11,6 +12,7 @@ from vllm_msd.bench.engines import models_of
 from vllm_msd.bench.replay import FIRST_TOKEN, Replay, shape_of, synthetic_rates
 from vllm_msd.bench.settings import SHAPED, BenchSettings
 from vllm_msd.budget import PAPER_TREE, expected_tree, ratio_for, usual_tree
+from vllm_msd.demo.paths import demo_pair
 from vllm_msd.errors import ConfigError
 from vllm_msd.tree import TreeConfig, TreeStore
 
@@ -99,6 +101,24 @@ def test_weights_are_those_of_the_published_models():
     """LLaVA-1.5-7B has 7.06 billion parameters, Qwen2-VL-7B 8.29; beside them a draft's layer."""
     for name, billions in (("llava-1.5-7b", 7.06 + 0.236), ("qwen2-vl-7b", 8.29 + 0.259)):
         assert true_shapes.weight_bytes(name, "bfloat16") / 2e9 == pytest.approx(billions, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2-vl-7b"])
+def test_a_prompts_picture_is_found_by_the_processor(name, tmp_path):
+    """What the tokenizer writes for a picture is what processor and config call one."""
+    from transformers import AutoConfig, AutoProcessor
+
+    true_shapes.write_target(name, demo_pair().target, tmp_path / "target", "float32")
+    processor = AutoProcessor.from_pretrained(tmp_path / "target")
+    config = AutoConfig.from_pretrained(tmp_path / "target")
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(prompt, add_generation_prompt=True)
+    size = (112, 140)
+    found = processor(images=[Image.new("RGB", size)], text=[text])["input_ids"][0]
+    token = config.image_token_id
+    assert token == processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    # LLaVA crops to 8 x 8 patches; Qwen2-VL takes squares of 28 pixels as they come.
+    assert found.count(token) == (64 if name == "tiny" else 4 * 5)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, monkeypatch):

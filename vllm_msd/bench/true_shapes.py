@@ -20,6 +20,7 @@ NAMES = (*SHAPES, TINY)
 _TINY = Shape(TINY, 256, 2, 4, 4, 512, 2304, head_size=64)
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_ENDS = ("bos", "eos", "pad", "unk")
 _PATCH = 14  # pixels of a side, of both families
 _DRAFT_STD = 0.02
 
@@ -45,7 +46,7 @@ def true_pair(name: str, dtype: str) -> tuple[Path, Path]:
 
     demo = demo_pair().target
     provenance = {
-        "algorithm_version": 1,
+        "algorithm_version": 2,
         "shape": asdict(language_shape(name)),
         "dtype": dtype,
         "demo target": folder_digest(demo),
@@ -139,8 +140,12 @@ def write_target(name: str, demo: Path, folder: Path, dtype: str) -> None:
     folder.mkdir(parents=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo)
     if is_qwen(name):
-        tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_TOKENS)})
         template = tokenizer.chat_template.replace("<image>", _QWEN_IMAGE)
+        tokenizer = transformers.PreTrainedTokenizerFast(  # which knows of no other image token
+            tokenizer_file=str(demo / "tokenizer.json"),
+            **{f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in _ENDS},
+        )
+        tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_TOKENS)})
         tokenizer.chat_template = template
         transformers.Qwen2VLProcessor(
             transformers.Qwen2VLImageProcessor(),
