@@ -1,9 +1,10 @@
 """The training loop: one process here, any number under `torchrun` or `accelerate launch`.
 
-A step is a pure function of settings, step number and weights. Records, their order and the noise
-come from the seed and the step; every process takes its part of the step's records, and the loss is
-divided by the count of rows in all of them. So neither the number of processes, nor the size of
-micro-batches, nor a kill and resume changes the losses beyond rounding.
+A step is a pure function of settings, step number and weights; under the loss ``lk`` also of what
+the step before accepted. Records, their order and the noise come from the seed and the step; every
+process takes its part of the step's records, and the loss is divided by the count of rows in all of
+them. So neither the number of processes, nor the size of micro-batches, nor a kill and resume
+changes the losses beyond rounding.
 """
 
 import math
@@ -35,7 +36,7 @@ from vllm_msd.training.data.plan import DataPlan, share_of_multimodal
 from vllm_msd.training.feature_cache import FeatureCache
 from vllm_msd.training.initial import draft_config, initial_draft
 from vllm_msd.training.inputs import DraftInputs
-from vllm_msd.training.losses import EPSILON
+from vllm_msd.training.losses import EPSILON, lk_weights
 from vllm_msd.training.measure import measure
 from vllm_msd.training.objective import DraftObjective, LossWeights
 from vllm_msd.training.results import Results
@@ -289,6 +290,8 @@ class Trainer:
         self._check_bad(int(num_bad))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(data.step) * group["factor"]
+        # Of the step before: this one's mean is known only when all micro-batches are through.
+        kl_weights = lk_weights(self.results.progress.acceptance, s.draft_steps)
         sums = torch.zeros(len(FIGURES), s.draft_steps, device=self.device)
         loss_sum = torch.zeros((), device=self.device)
         tokens = places = 0
@@ -305,7 +308,9 @@ class Trainer:
                     inputs, hidden, mask, segments = parts
                     places += mask.numel()
                     with self.autocast:
-                        loss, figures = self.objective(inputs, hidden, mask, self.head, segments)
+                        loss, figures = self.objective(
+                            inputs, hidden, mask, self.head, segments, kl_weights
+                        )
                     # Averaging over processes divides by their number once more.
                     self.accelerator.backward(loss * (self.world / (count + EPSILON)))
                 sums += figures
@@ -318,6 +323,8 @@ class Trainer:
         together = torch.cat([sums.flatten(), loss_sum[None], sizes])
         together = self.accelerator.reduce(together, "sum")
         *sums_list, loss_total, tokens, places = together.tolist()
+        accepted = sums_list[FIGURES.index("acceptance") * s.draft_steps :][: s.draft_steps]
+        self.results.progress.acceptance = [part / (count + EPSILON) for part in accepted]
         window.add(data.step, sums_list, loss_total, count, tokens, places, float(norm))
         return bool(stop)
 

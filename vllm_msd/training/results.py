@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ class Progress:
     """How far a run is; kept with each checkpoint.
 
     step: steps done. best: acceptance length of the best draft so far. seconds: trained.
-    table: figures of the last evaluation.
+    table: figures of the last evaluation. acceptance: mean probability of acceptance in the last
+    step, by drafting step.
     """
 
     step: int = 0
     best: float = 0.0
     seconds: float = 0.0
     table: dict[str, Any] | None = None
+    acceptance: list[float] = field(default_factory=list)
 
 
 class Results:
