@@ -101,14 +101,15 @@ def reading(target_path: Path, count: int, seed: int) -> dict[str, dict[str, lis
         for sort, name in enumerate(NAMES):
             mine = slice(sort, None, len(NAMES))
             pairs = zip(samples[mine], texts[mine], strict=True)
-            places = zip_longest(*[_hits(*_READ[sort], one, text) for one, text in pairs])
+            places = zip_longest(*[walk_hits(sort, one, text) for one, text in pairs])
             shares = [[hit for hit in place if hit is not None] for place in places]
             found[name][picture] = [round(sum(hit) / len(hit), 3) for hit in shares]
     return found
 
 
-def _hits(slots: list[str], words: tuple[str, ...], asked: Sample, said: str) -> list[bool]:
-    """Whether the words said are those in the picture, place by place."""
+def walk_hits(sort: int, asked: Sample, said: str) -> list[bool]:
+    """Whether the words said are those in the picture, place by place, for a sort of `NAMES`."""
+    slots, words = _READ[sort]
     wanted = [words[asked.labels[slot] - 1] for slot in slots if asked.labels[slot]]
     got = re.findall(rf"\b(?:{'|'.join(words)})\b", said)
     return [i < len(got) and got[i] == word for i, word in enumerate(wanted)]

@@ -1,6 +1,6 @@
 """Copy the measured figures into README.md and docs/, between their results markers.
 
-    python -m benchmarks.pages            # rewrites the sections and draws the README's chart
+    python -m benchmarks.pages            # rewrites the sections and draws the charts
     python -m benchmarks.pages --check    # exits with 1 when one is out of date
 
 Each part of a section is made from one result file; a part without its file is left out. Nothing
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import bench, chart, decoding, identity, real, speed, training
+from . import bench, chart, decoding, identity, real, speed, training, training_chart
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -46,6 +46,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     },
     "docs/training.md": {
         "benchmarks/results/training.json": training.training,
+        "benchmarks/results/training_walk.json": training.training_walk,
         "benchmarks/results/training_time.json": training.training_time,
     },
 }
@@ -77,8 +78,18 @@ def updated(text: str, results: str) -> str:
     return before + results + after
 
 
+def charts(root: Path = ROOT) -> dict[str, tuple[dict[str, Any], Callable[..., None]]]:
+    """By picture: what it shows, and what draws it; those whose result files are there."""
+    found = {chart.PICTURE: (chart.content(*(read(n, root) for n in chart.SOURCES)), chart.draw)}
+    for name, picture in training_chart.PICTURES.items():
+        if (root / name).is_file():
+            shown = training_chart.content(read(name, root))
+            found[f"docs/{picture}"] = (shown, training_chart.draw)
+    return found
+
+
 def main() -> int:
-    """Rewrite or check the sections and the chart."""
+    """Rewrite or check the sections and the charts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, tell by exit code")
     args = parser.parse_args()
@@ -91,11 +102,11 @@ def main() -> int:
             stale.append(name)
             if not args.check:
                 path.write_text(new, encoding="utf-8")
-    content = chart.content(*map(read, chart.SOURCES))
-    if not chart.shows(ROOT / chart.PICTURE, content):
-        stale.append(chart.PICTURE)
-        if not args.check:
-            chart.draw(content, ROOT / chart.PICTURE)
+    for name, (content, draw) in charts().items():
+        if not chart.shows(ROOT / name, content):
+            stale.append(name)
+            if not args.check:
+                draw(content, ROOT / name)
     if args.check and stale:
         print(f"out of date: {', '.join(stale)}; run python -m benchmarks.pages")
         return 1
