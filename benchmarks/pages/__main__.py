@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import bench, chart, decoding, identity, real, speed, training, training_chart
+from . import bench, chart, decoding, identity, real, speed, training, training_chart, vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -48,6 +48,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "benchmarks/results/training.json": training.training,
         "benchmarks/results/training_walk.json": training.training_walk,
         "benchmarks/results/training_time.json": training.training_time,
+        vocabulary.SOURCE: vocabulary.vocabulary,
     },
 }
 
@@ -81,10 +82,13 @@ def updated(text: str, results: str) -> str:
 def charts(root: Path = ROOT) -> dict[str, tuple[dict[str, Any], Callable[..., None]]]:
     """By picture: what it shows, and what draws it; those whose result files are there."""
     found = {chart.PICTURE: (chart.content(*(read(n, root) for n in chart.SOURCES)), chart.draw)}
-    for name, picture in training_chart.PICTURES.items():
+    others: dict[str, tuple[str, Any]] = {
+        picture: (name, training_chart) for name, picture in training_chart.PICTURES.items()
+    }
+    others[vocabulary.PICTURE] = (vocabulary.SOURCE, vocabulary)
+    for picture, (name, drawing) in others.items():
         if (root / name).is_file():
-            shown = training_chart.content(read(name, root))
-            found[f"docs/{picture}"] = (shown, training_chart.draw)
+            found[f"docs/{picture}"] = (drawing.content(read(name, root)), drawing.draw)
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import __main__ as pages
-from benchmarks.pages import chart, decoding, identity, training, training_chart
+from benchmarks.pages import chart, decoding, identity, training, training_chart, vocabulary
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +148,35 @@ def test_chart_of_training_names_what_vllm_cannot_serve(tmp_path):
     assert list(rows) == ["three-step", "three-step-dropped (vllm-msd eval)"]
     assert list(content["comparisons"]) == ["Visual rows, three steps"]  # one variant is no contest
     training_chart.draw(content, tmp_path / "chart.svg")
+    assert chart.shows(tmp_path / "chart.svg", content)
+
+
+def test_section_and_chart_of_draft_vocabularies(tmp_path):
+    def draft(size, accepted, speed):
+        return {
+            "draft_vocab_size": size,
+            "acceptance_length": 2.0,
+            "accepted_of_whole": accepted,
+            "tokens_per_second": 40.0,
+            "speedup_over_none": 1.5,
+            "speedup_over_whole": speed,
+        }
+
+    result = {
+        "date": "2026-01-01",
+        "machine": {"cores": 2},
+        "versions": {"vllm": "0.32.0"},
+        "settings": {"num_prompts": 20, "rounds": 2, "max_tokens": 96},
+        "drafting": "chain of 5",
+        "dtype": "bfloat16",
+        "drafts": {"as it comes": draft(8192, 0.97, 1.21), "whole": draft(None, 1.0, 1.0)},
+    }
+    text = vocabulary.vocabulary("vocabulary.json", result)
+    assert "| 8,192 (as it comes) | 2.00 | 97.0% | 40.0 | 1.50x | 1.21x |" in text
+    assert "keeps 97.0% of the accepted tokens and decodes 1.21 times as fast" in text
+    content = vocabulary.content(result)
+    assert content["sizes"] == ["8,192", "all"] and content["speed"] == [1.21, 1.0]
+    vocabulary.draw(content, tmp_path / "chart.svg")
     assert chart.shows(tmp_path / "chart.svg", content)
 
 
