@@ -52,16 +52,16 @@ def test_profile_rises_and_leaves_out_what_was_hardly_seen():
     assert acceptance_profile(49, [40, 20], nodes) is None
 
 
-def config(target: str) -> MSDDraftConfig:
+def config(target: str, size: int | None = None) -> MSDDraftConfig:
     return MSDDraftConfig(
         layer_type="llama", hidden_size=8, intermediate_size=8, num_attention_heads=1,
         num_key_value_heads=1, head_dim=8, num_hidden_layers=1, rms_norm_eps=1e-5, rope_theta=1e4,
         vocab_size=9, max_position_embeddings=64, attention_bias=False, input_norm=False,
-        msd_acceptance=TABLE["profile"], target=TargetInfo(target),
+        msd_acceptance=TABLE["profile"], target=TargetInfo(target), draft_vocab_size=size,
     )  # fmt: skip
 
 
-def card(target: str, table: dict | None, **changes: str) -> str:
+def card(target: str, table: dict | None, size: int | None = None, **changes: str) -> str:
     settings = TrainSettings(
         target=target, output="o", text_data=["t"], curriculum="text", **changes
     )
@@ -70,7 +70,7 @@ def card(target: str, table: dict | None, **changes: str) -> str:
         "versions": {"vllm-msd": "0.1", "torch": "2"},
         "data": [{"file": "t.json", "records": 3, "sha256": "ab" * 32}],
     }  # fmt: skip
-    return model_card.model_card(config(target), note, settings, table)
+    return model_card.model_card(config(target, size), note, settings, table)
 
 
 def test_card_says_target_data_settings_acceptance_and_how_to_serve():
@@ -84,6 +84,9 @@ def test_card_says_target_data_settings_acceptance_and_how_to_serve():
     assert "| text | 2.50 | 0.50 | 0.00 |" in text
     assert "| t.json | 3 | `abababababababab` |" in text
     assert "| `draft_steps` | 3 |" in text
+    assert "| `draft_vocab` | all 9 tokens |" in text
+    trimmed = card("org/model", TABLE, size=4, draft_vocab="/home/someone/trimmed")
+    assert "| `draft_vocab` | 4 of 9 tokens |" in trimmed and "someone" not in trimmed
 
 
 def test_card_of_a_local_target_names_no_folder_of_the_machine():

@@ -43,6 +43,9 @@ def model_card(
     values = settings.as_dict()
     values["learning_rate"] = f"{settings.highest_rate(config.hidden_size):.2e}"
     chosen = [f"| `{key}` | {values[key]} |" for key in _SHOWN]
+    # Not the setting, which may be a folder's name.
+    proposed = f"{config.draft_vocab_size:,} of " if config.draft_vocab_size else "all "
+    chosen.append(f"| `draft_vocab` | {proposed}{config.num_token_ids:,} tokens |")
     machine = note["machine"]
     place = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
     return "\n".join([
