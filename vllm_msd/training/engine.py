@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.draft.vocabulary import offsets_of
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.storage import check_folder
-from vllm_msd.training import curves
+from vllm_msd.training import curves, sharding
 from vllm_msd.training.data.batches import (
     Corpus,
     StepData,
@@ -84,6 +84,8 @@ class Trainer:
                 f"batch_size: got {settings.batch_size}, expected a multiple of the "
                 f"{self.world} processes."
             )
+        if settings.fsdp:
+            sharding.check_processes(self.world)
         # What is wrong with places and files is told before the target is loaded.
         self.folder.check(settings)
         if settings.cache_features:
@@ -116,7 +118,7 @@ class Trainer:
         self._prepare_draft()
         self.results = Results(
             settings, self.folder, self.data, self.accelerator, self.target, self.renderer,
-            self.corpus, self.config, self.units,
+            self.corpus, self.config, self.units, self.optimizer,
         )  # fmt: skip
 
     def _plan(self) -> DataPlan:
@@ -154,6 +156,8 @@ class Trainer:
             draft.d2t.copy_(offsets_of(vocabulary))
         weights = LossWeights(s.loss, s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
+        if s.fsdp:
+            sharding.shard(objective, self.device, self.world)
         optimizer = torch.optim.AdamW(
             parameter_groups(draft, sample),
             self.rate(0),
@@ -161,7 +165,9 @@ class Trainer:
             weight_decay=s.weight_decay,
             fused=True,
         )
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.objective, self.optimizer = objective, optimizer
+        if not s.fsdp:
+            self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
         )
@@ -218,7 +224,7 @@ class Trainer:
             if is_saving:
                 if self.cache is not None:
                     self.cache.flush()
-                results.save()
+                results.save(self.objective)
         bar.close()
         results.finish(self.objective, figures)
         skipped = len(self.folder.listed())
@@ -243,7 +249,7 @@ class Trainer:
         self.num_bad = len(self.bad) if self.is_main else 0
         self._check_bad(len(self.bad))
         if self.settings.resume:
-            self.results.restore()
+            self.results.restore(self.objective)
         self.accelerator.wait_for_everyone()
         self.results.open()
 
@@ -301,9 +307,7 @@ class Trainer:
             tokens += int(features.lengths.sum())
             is_last = number == len(micro)
             with window.phase("draft", self.device):
-                # Gradients meet once, on the last micro-batch.
-                apart = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
-                with apart:
+                with self._gradients_meet(is_last):
                     parts = self.inputs.of_draft(features, examples, data.step)
                     inputs, hidden, mask, segments = parts
                     places += mask.numel()
@@ -316,7 +320,9 @@ class Trainer:
                 sums += figures
                 loss_sum += loss.detach()
         with window.phase("draft", self.device):
-            norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
+            norm = sharding.whole(
+                self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
+            )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         sizes = loss_sum.new_tensor([tokens, places])
@@ -327,6 +333,14 @@ class Trainer:
         self.results.progress.acceptance = [part / (count + EPSILON) for part in accepted]
         window.add(data.step, sums_list, loss_total, count, tokens, places, float(norm))
         return bool(stop)
+
+    def _gradients_meet(self, is_last: bool) -> AbstractContextManager:
+        """Gradients of all processes meet once, on the last micro-batch."""
+        if self.settings.fsdp:
+            sharding.meet(self.objective, is_last)
+        elif not is_last:
+            return self.accelerator.no_sync(self.objective)
+        return nullcontext()
 
     def _check_bad(self, count: int) -> None:
         limit = self.settings.max_bad_fraction * self.corpus.num_found
