@@ -217,10 +217,10 @@ def test_too_many_broken_pictures_stop_the_run(setting):
     assert json.loads(listed[0])["line"] > 1
 
 
-def in_two_processes(folder: Path, name: str, *flags: str, **changes) -> list[float]:
+def in_two_processes(folder: Path, name: str, *flags: str) -> list[float]:
     """Through the command line under torchrun, with the settings of the whole run in a file."""
     values = json.loads((folder / "whole" / "run.json").read_text())["settings"]
-    values |= {"output": str(folder / name), **changes}
+    values |= {"output": str(folder / name), "device": "auto"}
     (folder / f"{name}.yaml").write_text(json.dumps(values))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

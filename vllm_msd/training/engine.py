@@ -73,7 +73,8 @@ class Trainer:
         self.folder = RunFolder(settings.output)
         curves.check_report(settings.report_to)
         self.accelerator = Accelerator(
-            cpu=settings.device == "cpu",
+            # Unasked, accelerate lets processes on CPUs each believe that they are alone.
+            cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             log_with=settings.report_to if settings.report_to in TRACKERS else None,
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
