@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from vllm_msd.errors import ConfigError, MSDError
 from vllm_msd.measure.engine import Drafting, Engine, restart_tuned
+from vllm_msd.storage import write_json, write_text
 
 BASE = "msd"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -123,7 +124,7 @@ def main() -> int:
     print(text_table(result["summary"]))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
     wrong = [run for run in found if run["identical"] not in (None, run["requests"])]
     return 1 if wrong else 0
 
@@ -141,7 +142,7 @@ def check_work(args: argparse.Namespace) -> None:
                 f"work: {args.work} holds runs with other {', '.join(other)}. Give another folder."
             )
     args.work.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(about))
+    write_json(note, about)
 
 
 def make_data(args: argparse.Namespace, target: Path) -> dict[str, list[str]]:
@@ -160,7 +161,7 @@ def make_data(args: argparse.Namespace, target: Path) -> dict[str, list[str]]:
             samples = walks(args.walks, DATA_SEED)
             answer_all(samples, str(target))
             write_records(folder / "walk.json", samples)
-        done.write_text("{}")
+        write_json(done, {})
     return files
 
 
@@ -246,7 +247,7 @@ def reading(args: argparse.Namespace, target: Path) -> dict[str, Any] | None:
     kept = args.work / "reading.json"
     if not kept.is_file():
         found = read_along(target, READING, HELD_OUT_SEED)
-        kept.write_text(json.dumps({"requests": READING, "sorts": found}))
+        write_json(kept, {"requests": READING, "sorts": found})
     return json.loads(kept.read_text())
 
 
@@ -267,7 +268,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             device="cpu",
             batch_size=32,
         )
-        kept.write_text(json.dumps(figures))
+        write_json(kept, figures)
     figures = json.loads(kept.read_text())
     about = json.loads((folder / "last" / "provenance.json").read_text())
     return {
@@ -315,7 +316,7 @@ def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) 
                     "kinds": {kind: acceptance(group) for kind, group in of_kind.items()},
                 },
             }
-            kept.write_text(json.dumps(counted))
+            write_json(kept, counted)
         run |= json.loads(kept.read_text())
 
 
