@@ -1,7 +1,7 @@
 """Measure what draft vocabularies bring and cost in vLLM: decoding speed and accepted tokens.
 
     python -m benchmarks.bench_vocabulary --real build/real/replies.json \\
-        --num-prompts 20 --rounds 2 --max-tokens 96 --output benchmarks/results/vocabulary.json
+        --num-prompts 18 --rounds 2 --max-tokens 96 --output benchmarks/results/vocabulary.json
     python -m benchmarks.bench_vocabulary --target T --draft D --trimmed D-8k D-16k \\
         --data replies.jsonl
     python -m benchmarks.bench_vocabulary --target T --draft D --trimmed D-8k \\
