@@ -1,7 +1,9 @@
 """Measure what draft vocabularies bring and cost in vLLM: decoding speed and accepted tokens.
 
+    python -m benchmarks.bench_vocabulary --real build/real/replies.json \\
+        --num-prompts 18 --rounds 2 --max-tokens 96 --output benchmarks/results/vocabulary.json
     python -m benchmarks.bench_vocabulary --target T --draft D --trimmed D-8k D-16k \\
-        --data replies.jsonl --output benchmarks/results/vocabulary.json
+        --data replies.jsonl
     python -m benchmarks.bench_vocabulary --target T --draft D --trimmed D-8k \\
         --data replies.jsonl --tree 16x6x3 --num-prompts 40 --rounds 5
 
@@ -10,6 +12,12 @@ questions at batch 1, greedily, all engines in one process and in turn, so that 
 down in between favours none. A speed-up is the median of the rounds' ratios. Answers must be those
 of no speculation where nothing rounds (float32).
 
+--real takes the real language model's pair and people's prompts that its draft never saw. Its draft
+was trained with a vocabulary of 8,192 tokens, which only the head knows of, so any other size is a
+matter of counting: the file that --real names holds replies of the target (`python -m
+demo_factory.real.draft` leaves one), and --sizes are made from it. ``whole`` is the same draft over
+all tokens of the target. What lies outside the 8,192 it has learned by the hidden states alone.
+
 On a CPU the engines share the target's weights; starting one needs room for them twice.
 """
 
@@ -17,8 +25,12 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks.bench_trees import tree
 from vllm_msd.errors import DataError, MSDError
@@ -37,10 +49,13 @@ def main() -> int:
 
     if args.dtype == "auto":
         args.dtype = timed_dtype()
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    settings |= {name: str(value) for name, value in settings.items() if name != "trimmed"}
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "work")}
+    for name in ("target", "draft", "data", "real", "tree"):
+        settings[name] = None if settings[name] is None else str(settings[name])
     try:
-        result: dict[str, Any] = provenance(**settings) | measure(args)
+        result: dict[str, Any] = provenance(**settings)
+        with tempfile.TemporaryDirectory(dir=args.work) as made:
+            result |= measure(args, *(real(args, Path(made)) if args.real else given(args)))
     except MSDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,10 +73,13 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--target", required=True, type=Path, help="folder of the target")
-    add("--draft", required=True, type=Path, help="folder of the draft as it is")
-    add("--trimmed", required=True, nargs="+", help="folders of its trimmed copies")
-    add("--data", required=True, type=Path, help="conversations; each one's last question is asked")
+    add("--real", type=Path, metavar="REPLIES", help="the real pair; its target's replies")
+    add("--sizes", nargs="+", type=int, default=[2048, 16384],
+        help="of --real, beside the draft's own (default: 2048 16384)")  # fmt: skip
+    add("--target", type=Path, help="folder of the target")
+    add("--draft", type=Path, help="folder of the draft as it is")
+    add("--trimmed", nargs="+", help="folders of its trimmed copies")
+    add("--data", type=Path, help="conversations; each one's last question is asked")
     add("--image-root", nargs="+", default=[], help="where relative image paths start")
     add("--chain", type=int, default=5, help="drafted tokens (default: 5)")
     add("--tree", type=tree, help="NODESxDEPTHxTOP_K, in the place of a chain")
@@ -70,8 +88,16 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="(default: 3)")
     add("--max-model-len", type=int, default=1024, help="(default: 1024)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    add("--work", type=Path, help="where --real writes drafts (default: a temporary folder)")
     add("--output", type=Path, help="write the figures as JSON")
-    return parser.parse_args()
+    args = parser.parse_args()
+    pair = ("target", "draft", "trimmed", "data")
+    missing = [f"--{name}" for name in pair if getattr(args, name) is None]
+    if not args.real and missing:
+        parser.error(f"{', '.join(missing)} missing. Give these four, or --real.")
+    if args.real and len(missing) < len(pair):
+        parser.error("--real takes a target, a draft and questions of its own. Leave others out.")
+    return args
 
 
 def questions(path: Path, image_root: list[str], count: int) -> list[Sample]:
@@ -94,19 +120,62 @@ def questions(path: Path, image_root: list[str], count: int) -> list[Sample]:
     return samples
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Figures by draft: ``whole``, and each trimmed one by its folder's name."""
+# Target, questions, and drafts by name, ``whole`` among them.
+Contest = tuple[Path, list[Sample], dict[str, Path]]
+
+
+def given(args: argparse.Namespace) -> Contest:
+    """What the command line names."""
+    drafts = {WHOLE: args.draft} | {Path(name).name: Path(name) for name in args.trimmed}
+    return args.target, questions(args.data, args.image_root, args.num_prompts), drafts
+
+
+def real(args: argparse.Namespace, folder: Path) -> Contest:
+    """The real pair's draft over vocabularies of several sizes."""
+    import torch
+
+    from vllm_msd.checkpoint import load_draft, save_draft, with_vocabulary
+    from vllm_msd.demo.real.pair import real_pair, real_samples
+    from vllm_msd.draft.vocabulary import OFFSETS
+    from vllm_msd.training.data.index import RecordFile
+    from vllm_msd.training.targets import load_renderer
+    from vllm_msd.training.vocabulary import check_size, choose, count_replies, special_ids
+
+    samples = real_samples(args.num_prompts)
+    pair = real_pair(lambda line: print(line, file=sys.stderr))
+    config, state = load_draft(pair.draft)
+    drafts = {WHOLE: folder / WHOLE}
+    renderer, _ = load_renderer(str(pair.target))
+    special = special_ids(renderer, config.num_token_ids)
+    for size in args.sizes:
+        check_size(size, special, config.num_token_ids, "--sizes")
+    file = RecordFile(args.real)
+    with tqdm(total=len(file), unit="record", desc="counting tokens") as bar:
+        counts = count_replies(renderer, [file], config.num_token_ids, report=bar.update)
+    whole = {name: x for name, x in state.items() if name != OFFSETS}
+    config = replace(config, draft_vocab_size=None)
+    save_draft(drafts[WHOLE], config, whole)
+    for size in args.sizes:
+        ids = torch.from_numpy(choose(counts.counted + counts.held_out, special, size))
+        drafts[f"{size:,}"] = save_draft(folder / str(size), *with_vocabulary(config, whole, ids))
+    drafts["as it comes"] = pair.draft
+    return pair.target, samples, drafts
+
+
+def measure(
+    args: argparse.Namespace, target: Path, samples: list[Sample], drafts: dict[str, Path]
+) -> dict[str, Any]:
+    """Figures by draft."""
     import torch
 
     from vllm_msd.checkpoint import load_draft_config
     from vllm_msd.measure.compare import PLAIN, compare, figures, rates
 
-    drafts = {WHOLE: args.draft} | {Path(name).name: Path(name) for name in args.trimmed}
     sizes = {name: load_draft_config(folder).draft_vocab_size for name, folder in drafts.items()}
     drafting = args.tree or Drafting(args.chain)
     comparisons = compare(
-        Pair(args.target, args.draft),
-        questions(args.data, args.image_root, args.num_prompts),
+        Pair(target, drafts[WHOLE]),
+        samples,
         dict.fromkeys(drafts, drafting),
         dtype=args.dtype,
         max_tokens=args.max_tokens,
@@ -136,6 +205,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for one in found.values():
         if accepted > 0:
             one["accepted_of_whole"] = ((one["acceptance_length"] or 1) - 1) / accepted
+    found = dict(sorted(found.items(), key=lambda item: item[1]["draft_vocab_size"] or sys.maxsize))
     plain = {"tokens_per_second_per_round": speeds[PLAIN]}
     return {"drafting": str(drafting), "dtype": args.dtype, "plain": plain, "drafts": found}
 

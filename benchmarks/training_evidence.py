@@ -1,7 +1,11 @@
-"""Test the paper's two claims, and training over several steps, on the demo world.
+"""Test the paper's two claims, training over several steps, and losses, on the demo world.
 
-    python benchmarks/training_evidence.py --output benchmarks/results/training.json \\
-        --plot docs/pictures/training.png
+    python benchmarks/training_evidence.py --variants msd coupled dropped published-ramp \\
+        text-only multimodal-only mixed three-step --output benchmarks/results/training.json
+    python benchmarks/training_evidence.py --variants msd coupled dropped three-step \\
+        three-step-coupled three-step-dropped kl lk --records 1800 --walks 1200 \\
+        --num-walks 45 --jobs 1 --cache-features --work build/evidence-walk \\
+        --output benchmarks/results/training_walk.json
     python benchmarks/training_evidence.py --variants msd coupled --seeds 0 --steps 100
 
 Every variant is `vllm-msd train` with one setting changed, on the same records for the same number
@@ -19,9 +23,12 @@ three-step       trained over three drafting steps, which goes beyond the paper;
                  three-step-coupled, three-step-dropped, and kl and lk, which have another loss
 
 Acceptance is counted twice on held-out questions, five drafted tokens a verification: by `vllm-msd
-eval`, and in vLLM by its own counters (but for `dropped`, which vLLM cannot serve). What is done
-already is kept in --work, so a broken run goes on. (A third of this file is the table of variants
-and the command line, which belong together.)
+eval`, and in vLLM by its own counters (but for `dropped`, which vLLM cannot serve). --walks and
+--num-walks add a kind whose answers read the picture on the way (`demo_factory/walks.py`), to the
+data and to the questions.
+
+What is done already is kept in --work, run by run, so a broken call goes on. With --seeds 0, then
+--seeds 0 1, and so on, there are figures after each seed. `python -m benchmarks.pages` draws them.
 """
 
 import argparse
@@ -38,8 +45,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_msd.errors import MSDError
+from vllm_msd.errors import ConfigError, MSDError
 from vllm_msd.measure.engine import Drafting, Engine, restart_tuned
+from vllm_msd.storage import write_json, write_text
 
 BASE = "msd"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,15 +64,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kl": {"draft_steps": 3, "loss": "kl"},
     "lk": {"draft_steps": 3, "loss": "lk"},
 }
-# The comparisons that are drawn: its title and its variants.
-COMPARISONS = {
-    "Visual rows": [BASE, "coupled", "dropped"],
-    "Curriculum": [BASE, "published-ramp", "text-only", "multimodal-only", "mixed"],
-    "Drafting steps in training": [BASE, "three-step"],
-    "Visual rows, three steps": ["three-step", "three-step-coupled", "three-step-dropped"],
-    "Loss, three steps": ["three-step", "kl", "lk"],
-}
 NUM_SPECULATIVE_TOKENS = 5
+READING = 150  # walks that the target answers with its own picture and with another
 DATA_SEED, HELD_OUT_SEED = 5, 70_000  # of the world's samplers, in splits of their own
 
 
@@ -77,24 +78,33 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of each run")
     parser.add_argument("--records", type=int, default=5000, help="of text, and of multimodal data")
+    parser.add_argument("--walks", type=int, default=0, help="records of the kind walk besides")
     parser.add_argument("--num-prompts", type=int, default=105, help="held out, the kinds in turn")
+    parser.add_argument("--num-walks", type=int, default=0, help="held out of the kind walk")
     parser.add_argument("--config", type=Path, default=Path("demo_factory/draft.yaml"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument(
+        "--cache-features",
+        action="store_true",
+        help="let each record pass through the target once for all runs (takes --jobs 1)",
+    )
     parser.add_argument("--work", type=Path, default=Path("build/evidence"))
     parser.add_argument("--output", type=Path, help="write figures as JSON")
-    parser.add_argument("--plot", type=Path, help="draw them as a picture")
     args = parser.parse_args()
+    if args.cache_features and args.jobs != 1:
+        parser.error("--cache-features: runs at once cannot share it. Give --jobs 1 too.")
     restart_tuned()
 
     from vllm_msd.demo import paths
     from vllm_msd.provenance import provenance
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "plot", "jobs")})
+    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})
     pair = paths.demo_pair()
     try:
         paths.use_factory()
-        data = make_data(args.work / "data", args.records, pair.target)
+        check_work(args)
+        data = make_data(args, pair.target)
         runs = [(v, s) for s in args.seeds for v in args.variants]
         train_all(runs, args, pair.target, data)
         found = [
@@ -105,28 +115,54 @@ def main() -> int:
     except MSDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result = {**facts, "summary": summary(found), "runs": found}
+    result = {
+        **facts,
+        "summary": summary(found),
+        "walks": reading(args, pair.target),
+        "runs": found,
+    }
     print(text_table(result["summary"]))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    if args.plot:
-        draw(result["summary"], args.plot)
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
     wrong = [run for run in found if run["identical"] not in (None, run["requests"])]
     return 1 if wrong else 0
 
 
-def make_data(folder: Path, records: int, target: Path) -> dict[str, Path]:
-    """Conversations of the demo world in which the target itself has answered."""
-    from demo_factory.write_data import write_data
+def check_work(args: argparse.Namespace) -> None:
+    """Refuse to mix runs of other settings with those in the folder."""
+    note = args.work / "settings.json"
+    about = {name: getattr(args, name) for name in ("steps", "records", "walks")}
+    about["config"] = args.config.read_text()
+    if note.is_file():
+        theirs = json.loads(note.read_text())
+        other = [name for name in about if about[name] != theirs.get(name)]
+        if other:
+            raise ConfigError(
+                f"work: {args.work} holds runs with other {', '.join(other)}. Give another folder."
+            )
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_json(note, about)
 
-    done = folder / "done.json"
-    about = {"records": records, "seed": DATA_SEED}
-    if done.is_file() and json.loads(done.read_text()) == about:
-        return {name: folder / f"{name}.json" for name in ("text", "multimodal")}
-    found = write_data(folder, records, DATA_SEED, target=str(target), report=print)
-    done.write_text(json.dumps(about))
-    return found
+
+def make_data(args: argparse.Namespace, target: Path) -> dict[str, list[str]]:
+    """Files of conversations of the demo world in which the target itself has answered."""
+    from demo_factory.walks import walks
+    from demo_factory.write_data import answer_all, write_data, write_records
+
+    folder = args.work / "data"
+    files = {name: [str(folder / f"{name}.json")] for name in ("text", "multimodal")}
+    if args.walks:
+        files["multimodal"].append(str(folder / "walk.json"))
+    done = folder / "done.json"  # settings.json says of what
+    if not done.is_file():
+        write_data(folder, args.records, DATA_SEED, target=str(target), report=print)
+        if args.walks:
+            samples = walks(args.walks, DATA_SEED)
+            answer_all(samples, str(target))
+            write_records(folder / "walk.json", samples)
+        write_json(done, {})
+    return files
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -135,22 +171,24 @@ def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 def train_all(
-    runs: list[tuple[str, int]], args: argparse.Namespace, target: Path, data: dict[str, Path]
+    runs: list[tuple[str, int]], args: argparse.Namespace, target: Path, data: dict[str, list[str]]
 ) -> None:
-    """Train every run that is not there yet, some at once in processes of one thread."""
+    """Train every run that is not done yet, some at once in processes of one thread."""
     missing = []
     for variant, seed in runs:
         folder = run_folder(args, variant, seed)
         if not (folder / "last" / "config.json").is_file():
             changed = {
                 "target": str(target),
-                "text_data": [str(data["text"])],
-                "multimodal_data": [str(data["multimodal"])],
+                "text_data": data["text"],
+                "multimodal_data": data["multimodal"],
                 "output": str(folder),
                 "steps": args.steps,
                 "eval_records": 0,  # what counts is measured afterwards
-                "save_every": args.steps,
+                "save_every": 100,
                 "seed": seed,
+                "resume": (folder / "run.json").is_file(),
+                "cache_features": str(args.work / "features") if args.cache_features else "",
                 **VARIANTS[BASE],
                 **VARIANTS[variant],
             }
@@ -176,15 +214,41 @@ def train_one(config: str, changed: dict[str, Any]) -> None:
         train(TrainSettings.load(config, **changed))
 
 
+def questions(args: argparse.Namespace) -> list[Any]:
+    """The held-out questions."""
+    from demo_factory.held_out import held_out_samples
+    from demo_factory.walks import walks
+
+    samples = held_out_samples(args.num_prompts, HELD_OUT_SEED)
+    return samples + walks(args.num_walks, HELD_OUT_SEED, "test")
+
+
+def asked(args: argparse.Namespace) -> str:
+    """How many, as a part of a file's name."""
+    return f"{args.num_prompts}-{args.num_walks}"
+
+
 def held_out(args: argparse.Namespace) -> Path:
     """The held-out questions as a file of conversations, for `vllm-msd eval`."""
-    from demo_factory.held_out import held_out_samples
     from demo_factory.write_data import write_records
 
-    path = args.work / "held_out" / f"held-out-{args.num_prompts}.json"
+    path = args.work / "held_out" / f"held-out-{asked(args)}.json"
     if not path.is_file():
-        write_records(path, held_out_samples(args.num_prompts, HELD_OUT_SEED))
+        write_records(path, questions(args))
     return path
+
+
+def reading(args: argparse.Namespace, target: Path) -> dict[str, Any] | None:
+    """Whether the target reads the picture on its walks (see `walks.reading`)."""
+    from demo_factory.walks import reading as read_along
+
+    if not args.num_walks:
+        return None
+    kept = args.work / "reading.json"
+    if not kept.is_file():
+        found = read_along(target, READING, HELD_OUT_SEED)
+        write_json(kept, {"requests": READING, "sorts": found})
+    return json.loads(kept.read_text())
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -192,19 +256,19 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from vllm_msd.demo import paths
     from vllm_msd.training.evaluate import evaluate
 
-    kept = folder / f"eval-{args.num_prompts}.json"
+    kept = folder / f"eval-{asked(args)}.json"
     if not kept.is_file():
         figures = evaluate(
             paths.demo_pair().target,
             folder / "last",
             [str(held_out(args))],
-            records=args.num_prompts,
+            records=args.num_prompts + args.num_walks,
             num_speculative_tokens=NUM_SPECULATIVE_TOKENS,
             target_dtype="float32",
             device="cpu",
             batch_size=32,
         )
-        kept.write_text(json.dumps(figures))
+        write_json(kept, figures)
     figures = json.loads(kept.read_text())
     about = json.loads((folder / "last" / "provenance.json").read_text())
     return {
@@ -216,10 +280,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) -> None:
     """Add each run's acceptance in vLLM, and whether its answers are those without a draft."""
-    from demo_factory.held_out import held_out_samples
     from vllm_msd.measure.compare import acceptance
 
-    samples = held_out_samples(args.num_prompts, HELD_OUT_SEED)
+    samples = questions(args)
     plain: list[list[int]] = []
     engines: list[Engine] = []  # the end of one would end the process group of all
     for run in tqdm(found, desc="vLLM"):
@@ -227,7 +290,7 @@ def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) 
         if VARIANTS[run["variant"]].get("visual_rows") == "dropped":
             continue
         folder = run_folder(args, run["variant"], run["seed"])
-        kept = folder / f"vllm-{args.num_prompts}.json"
+        kept = folder / f"vllm-{asked(args)}.json"
         if not kept.is_file():
             if not plain:
                 engines.append(Engine(pair.target, kv_cache_memory_bytes=64 << 20))
@@ -253,7 +316,7 @@ def serve_all(found: list[dict[str, Any]], args: argparse.Namespace, pair: Any) 
                     "kinds": {kind: acceptance(group) for kind, group in of_kind.items()},
                 },
             }
-            kept.write_text(json.dumps(counted))
+            write_json(kept, counted)
         run |= json.loads(kept.read_text())
 
 
@@ -318,45 +381,6 @@ def text_table(table: dict[str, Any]) -> str:
         ]
         lines.append(f"{variant:<18}{cells[0]:>22}{cells[1]:>22}")
     return "\n".join(lines)
-
-
-def draw(table: dict[str, Any], path: Path) -> None:
-    """Draw the comparisons: means as bars, seeds as dots, and acceptance by depth."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(19, 8), layout="constrained")
-    *panels, depths = figure.subplots(2, 3).flatten()
-    for axes, (title, names) in zip(panels, COMPARISONS.items(), strict=True):
-        names = [name for name in names if name in table]
-        if not names:
-            axes.axis("off")
-            continue
-        kinds = list(lengths_of(table, names[0]))
-        width = 0.8 / len(names)
-        for i, name in enumerate(names):
-            lengths = lengths_of(table, name)
-            at = [k + (i - (len(names) - 1) / 2) * width for k in range(len(kinds))]
-            means = [statistics.mean(lengths[kind]) for kind in kinds]
-            label = name if "vllm" in table[name] else f"{name} (vllm-msd eval)"
-            axes.bar(at, means, width * 0.92, label=label, alpha=0.75)
-            for x, kind in zip(at, kinds, strict=True):
-                axes.plot([x] * len(lengths[kind]), lengths[kind], "k.", markersize=3)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=20)
-        axes.set_ylim(1, 1 + 1.35 * (axes.get_ylim()[1] - 1))  # room for the legend
-        axes.set_ylabel("tokens per verification")
-        axes.set_title(title)
-        axes.legend(fontsize="small", ncols=3, loc="upper left")
-        axes.grid(axis="y", alpha=0.3)
-    for name, ways in table.items():
-        rows = ways.get("vllm", ways["eval"])["at_depth"]
-        means = [statistics.mean(column) for column in zip(*rows, strict=True)]
-        depths.plot(range(1, len(means) + 1), means, marker="o", label=name)
-    depths.set_xticks(range(1, NUM_SPECULATIVE_TOKENS + 1))
-    depths.set_xlabel("drafted tokens")
-    depths.set_title("Share of verifications that accept so many or more")
-    depths.legend(fontsize="small")
-    depths.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def write_data(
                 samples.append(sample(kind, number, split))
         if target:
             report(f"{name}: letting the target answer {records} questions")
-            _answer(samples, target)
+            answer_all(samples, target)
         found[name] = folder / f"{name}.json"
         write_records(found[name], samples)
         report(f"wrote {found[name]}")
@@ -87,7 +87,7 @@ def _row(identity: str, item: Sample, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _answer(samples: list[Sample], folder: str) -> None:
+def answer_all(samples: list[Sample], folder: str) -> None:
     """Put the target's greedy replies in place of the last answers."""
     from vllm_msd.training.targets import Target
 

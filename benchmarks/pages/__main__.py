@@ -1,6 +1,6 @@
 """Copy the measured figures into README.md and docs/, between their results markers.
 
-    python -m benchmarks.pages            # rewrites the sections and draws the README's chart
+    python -m benchmarks.pages            # rewrites the sections and draws the charts
     python -m benchmarks.pages --check    # exits with 1 when one is out of date
 
 Each part of a section is made from one result file; a part without its file is left out. Nothing
@@ -14,7 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import bench, chart, decoding, identity, real, serving, speed, training
+from . import (
+    bench,
+    chart,
+    decoding,
+    identity,
+    real,
+    serving,
+    speed,
+    training,
+    training_chart,
+    vocabulary,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -49,7 +60,9 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     },
     "docs/training.md": {
         "benchmarks/results/training.json": training.training,
+        "benchmarks/results/training_walk.json": training.training_walk,
         "benchmarks/results/training_time.json": training.training_time,
+        vocabulary.SOURCE: vocabulary.vocabulary,
     },
 }
 
@@ -80,8 +93,21 @@ def updated(text: str, results: str) -> str:
     return before + results + after
 
 
+def charts(root: Path = ROOT) -> dict[str, tuple[dict[str, Any], Callable[..., None]]]:
+    """By picture: what it shows, and what draws it; those whose result files are there."""
+    found = {chart.PICTURE: (chart.content(*(read(n, root) for n in chart.SOURCES)), chart.draw)}
+    others: dict[str, tuple[str, Any]] = {
+        picture: (name, training_chart) for name, picture in training_chart.PICTURES.items()
+    }
+    others[vocabulary.PICTURE] = (vocabulary.SOURCE, vocabulary)
+    for picture, (name, drawing) in others.items():
+        if (root / name).is_file():
+            found[f"docs/{picture}"] = (drawing.content(read(name, root)), drawing.draw)
+    return found
+
+
 def main() -> int:
-    """Rewrite or check the sections and the chart."""
+    """Rewrite or check the sections and the charts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, tell by exit code")
     args = parser.parse_args()
@@ -94,11 +120,11 @@ def main() -> int:
             stale.append(name)
             if not args.check:
                 path.write_text(new, encoding="utf-8")
-    content = chart.content(*map(read, chart.SOURCES))
-    if not chart.shows(ROOT / chart.PICTURE, content):
-        stale.append(chart.PICTURE)
-        if not args.check:
-            chart.draw(content, ROOT / chart.PICTURE)
+    for name, (content, draw) in charts().items():
+        if not chart.shows(ROOT / name, content):
+            stale.append(name)
+            if not args.check:
+                draw(content, ROOT / name)
     if args.check and stale:
         print(f"out of date: {', '.join(stale)}; run python -m benchmarks.pages")
         return 1

@@ -42,10 +42,11 @@ def content(demo: dict[str, Any], trees: dict[str, Any]) -> dict[str, Any]:
 
 def shows(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether the file is a chart of this content."""
-    return path.is_file() and escape(_description(wanted), quote=False) in path.read_text("utf-8")
+    return path.is_file() and escape(description(wanted), quote=False) in path.read_text("utf-8")
 
 
-def _description(wanted: dict[str, Any]) -> str:
+def description(wanted: dict[str, Any]) -> str:
+    """What a chart's file says it shows."""
     return json.dumps(wanted)
 
 
@@ -61,7 +62,7 @@ def draw(wanted: dict[str, Any], path: Path) -> None:
             _bars(axes, wanted[panel]["title"], wanted[panel]["bars"])
         figure.get_layout_engine().set(wspace=0.1)
         figure.supxlabel(wanted["note"], fontsize=9, color=INK)
-        about = {"Date": None, "Creator": None, "Description": _description(wanted)}
+        about = {"Date": None, "Creator": None, "Description": description(wanted)}
         figure.savefig(path, transparent=True, metadata=about)
 
 

@@ -22,9 +22,10 @@ def test_a_pages_results_are_those_of_the_files(name):
     assert pages.updated(text, pages.section(name)) == text, message
 
 
-def test_the_chart_shows_the_files():
-    content = chart.content(*map(pages.read, chart.SOURCES))
-    assert chart.shows(ROOT / chart.PICTURE, content), "run: python -m benchmarks.pages"
+@pytest.mark.parametrize("name", pages.charts())
+def test_the_charts_show_the_files(name):
+    content, _ = pages.charts()[name]
+    assert chart.shows(ROOT / name, content), "run: python -m benchmarks.pages"
 
 
 def test_long_runs_are_complete_and_hold():

@@ -7,12 +7,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from vllm_msd.checkpoint.speculators import speculators_fields
 from vllm_msd.draft import MSDDraftConfig, TargetInfo
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.training import TrainSettings, model_card
 from vllm_msd.training.acceptance import _count_nodes
 from vllm_msd.training.evaluate import _check_writable, _write
-from vllm_msd.training.profile import NodeCounts, acceptance_profile
+from vllm_msd.training.profile import NodeCounts, acceptance_profile, preferred_tokens
 from vllm_msd.tree import TreeConfig
 
 ROW = {"acceptance_length": 2.5, "verifications": 80, "accepted_at_depth": [0.9, 0.6]}
@@ -52,16 +53,29 @@ def test_profile_rises_and_leaves_out_what_was_hardly_seen():
     assert acceptance_profile(49, [40, 20], nodes) is None
 
 
-def config(target: str) -> MSDDraftConfig:
+@pytest.mark.parametrize(
+    ("by_depth", "tokens"),
+    [
+        ([0.0], 1),
+        ([0.5, 0.05, 0.01], 1),
+        ([0.5217, 0.2878, 0.1922, 0.1225, 0.0812], 3),  # 2.00 / 1.3 is more than 1.81 / 1.2
+        ([0.9, 0.8, 0.7, 0.6, 0.5], 5),  # as deep as was measured
+    ],
+)
+def test_as_many_tokens_are_preferred_as_pay(by_depth, tokens):
+    assert preferred_tokens(by_depth) == tokens
+
+
+def config(target: str, size: int | None = None) -> MSDDraftConfig:
     return MSDDraftConfig(
         layer_type="llama", hidden_size=8, intermediate_size=8, num_attention_heads=1,
         num_key_value_heads=1, head_dim=8, num_hidden_layers=1, rms_norm_eps=1e-5, rope_theta=1e4,
         vocab_size=9, max_position_embeddings=64, attention_bias=False, input_norm=False,
-        msd_acceptance=TABLE["profile"], target=TargetInfo(target),
+        msd_acceptance=TABLE["profile"], target=TargetInfo(target), draft_vocab_size=size,
     )  # fmt: skip
 
 
-def card(target: str, table: dict | None, **changes: str) -> str:
+def card(target: str, table: dict | None, size: int | None = None, **changes: str) -> str:
     settings = TrainSettings(
         target=target, output="o", text_data=["t"], curriculum="text", **changes
     )
@@ -70,7 +84,7 @@ def card(target: str, table: dict | None, **changes: str) -> str:
         "versions": {"vllm-msd": "0.1", "torch": "2"},
         "data": [{"file": "t.json", "records": 3, "sha256": "ab" * 32}],
     }  # fmt: skip
-    return model_card.model_card(config(target), note, settings, table)
+    return model_card.model_card(config(target, size), note, settings, table)
 
 
 def test_card_says_target_data_settings_acceptance_and_how_to_serve():
@@ -84,6 +98,9 @@ def test_card_says_target_data_settings_acceptance_and_how_to_serve():
     assert "| text | 2.50 | 0.50 | 0.00 |" in text
     assert "| t.json | 3 | `abababababababab` |" in text
     assert "| `draft_steps` | 3 |" in text
+    assert "| `draft_vocab` | all 9 tokens |" in text
+    trimmed = card("org/model", TABLE, size=4, draft_vocab="/home/someone/trimmed")
+    assert "| `draft_vocab` | 4 of 9 tokens |" in trimmed and "someone" not in trimmed
 
 
 def test_card_of_a_local_target_names_no_folder_of_the_machine():
@@ -93,14 +110,24 @@ def test_card_of_a_local_target_names_no_folder_of_the_machine():
 
 
 def test_eval_writes_profile_and_card_into_the_drafts_folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config("x/y").to_dict()))
+    own = config("x/y")
+    fields = own.to_dict() | speculators_fields(own, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / model_card.CARD).write_text(card("x/y", None))
     chain = TreeConfig.from_settings(5, None, None)
     _check_writable(tmp_path, tmp_path, chain)
     _write(tmp_path, TABLE)
     written = json.loads((tmp_path / "config.json").read_text())
     assert MSDDraftConfig.from_dict(written).msd_acceptance == TABLE["profile"]
-    assert "| vqa | 2.50 |" in (tmp_path / model_card.CARD).read_text()
+    assert written["num_speculative_tokens"] == 2  # of the profile's two depths both pay
+    text = (tmp_path / model_card.CARD).read_text()
+    assert "| vqa | 2.50 |" in text and '"num_speculative_tokens": 2}' in text
+    assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 2
+    (tmp_path / "config.json").write_text(json.dumps(written | {
+        "num_speculative_tokens": 7, "tree_depth": 3, "tree_top_k": 2,
+    }))  # fmt: skip
+    _write(tmp_path, TABLE)
+    assert json.loads((tmp_path / "config.json").read_text())["num_speculative_tokens"] == 7
     with pytest.raises(DataError, match="got 80 verifications, expected at least 50"):
         _write(tmp_path, {k: v for k, v in TABLE.items() if k != "profile"})
 

@@ -1,9 +1,11 @@
 """Where a run's figures go as they come."""
 
 import pytest
+from accelerate import Accelerator
 
 from vllm_msd.errors import ConfigError
 from vllm_msd.training import curves
+from vllm_msd.training.settings import TRACKERS
 
 
 class Journal:
@@ -42,3 +44,18 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="report_to: wandb is not installed"):
         curves.check_report("wandb")
     curves.check_report("none")
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_real_tracker_keeps_the_curves(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # None of them may ask for a server. Trackio looks when it is imported.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    tracker = curves.Tracker(Accelerator(cpu=True, log_with=name), {"seed": 3, "text_data": ["a"]})
+    tracker.write({"step": 5, "agreement": [0.5, 0.25], "acceptance_length": {"é | ../x": 2.0}})
+    tracker.close()
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"agreement/depth2" in kept and b"acceptance_length/_ _ ___x" in kept

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import __main__ as pages
-from benchmarks.pages import chart, decoding, identity, training
+from benchmarks.pages import chart, decoding, identity, training, training_chart, vocabulary
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_kinds_of_training_stand_under_their_heads():
     in_vllm = counted(vqa=4.0, chart=2.0, multimodal=3.0, all=3.0)
     offline = counted(chart=2.0, vqa=4.0, multimodal=3.0, all=3.0)
     text = training.training(
-        "training.json",
+        "benchmarks/results/training.json",
         {
             "date": "2026-01-01",
             "machine": {"cores": 2},
@@ -100,6 +100,84 @@ def test_kinds_of_training_stand_under_their_heads():
     assert "| draft | with images | chart | vqa |" in text
     assert "| `msd` | 3.00 (3.00 to 3.00) | 2.00 | 4.00 |" in text
     assert "6 of 7 answers" in text
+
+
+def of_walks():
+    """A result file of `benchmarks/training_evidence.py` with walks: a variant that vLLM counted,
+    and one that it cannot serve, whose second seed had nothing accepted at depth 2."""
+
+    def counted(length, *at_depth):
+        lengths = {"walk": [length], "multimodal": [length], "all": [length]}
+        return {"lengths": lengths, "at_depth": list(at_depth)}
+
+    settings = {"num_prompts": 7, "num_walks": 3, "walks": 40, "records": 50}
+    return {
+        "date": "2026-01-01",
+        "machine": {"cores": 2},
+        "versions": {"vllm": "0.32.0"},
+        "settings": {**settings, "seeds": [0, 1], "steps": 9, "num_speculative_tokens": 2},
+        "summary": {
+            "three-step": {
+                "eval": counted(3.0, [0.75, 0.5], [0.75, 0.5]),
+                "vllm": counted(3.0, [0.75, 0.5], [0.75, 0.5]),
+            },
+            "three-step-dropped": {"eval": counted(2.0, [0.75, 0.5], [0.25])},
+        },
+        "walks": {
+            "requests": 6,
+            "sorts": {
+                "charts": {"own": [0.75, 0.5], "other": [0.25, 0.0]},
+                "signs": {"own": [1.0], "other": [0.5]},
+            },
+        },
+        "runs": [{"identical": 10, "requests": 10}, {"identical": None, "requests": 10}],
+    }
+
+
+def test_section_of_walks():
+    text = training.training_walk("benchmarks/results/training_walk.json", of_walks())
+    assert "| charts | own | 75% | 50% |" in text and "| signs | other | 50% | - |" in text
+    assert "10 held-out questions; 2 seeds of 9 steps" in text and "10 of 10 answers" in text
+    assert "| `three-step-dropped` | 0.50 | 0.25 |" in text
+    assert "pictures/training_walk.svg" in text
+
+
+def test_chart_of_training_names_what_vllm_cannot_serve(tmp_path):
+    content = training_chart.content(of_walks())
+    rows = content["comparisons"]["Visual rows, three steps"]
+    assert list(rows) == ["three-step", "three-step-dropped (vllm-msd eval)"]
+    assert list(content["comparisons"]) == ["Visual rows, three steps"]  # one variant is no contest
+    training_chart.draw(content, tmp_path / "chart.svg")
+    assert chart.shows(tmp_path / "chart.svg", content)
+
+
+def test_section_and_chart_of_draft_vocabularies(tmp_path):
+    def draft(size, accepted, speed):
+        return {
+            "draft_vocab_size": size,
+            "acceptance_length": 2.0,
+            "accepted_of_whole": accepted,
+            "tokens_per_second": 40.0,
+            "speedup_over_none": 1.5,
+            "speedup_over_whole": speed,
+        }
+
+    result = {
+        "date": "2026-01-01",
+        "machine": {"cores": 2},
+        "versions": {"vllm": "0.32.0"},
+        "settings": {"num_prompts": 20, "rounds": 2, "max_tokens": 96},
+        "drafting": "chain of 5",
+        "dtype": "bfloat16",
+        "drafts": {"as it comes": draft(8192, 0.97, 1.21), "whole": draft(None, 1.0, 1.0)},
+    }
+    text = vocabulary.vocabulary("vocabulary.json", result)
+    assert "| 8,192 (as it comes) | 2.00 | 97.0% | 40.0 | 1.50x | 1.21x |" in text
+    assert "keeps 97.0% of the accepted tokens and decodes 1.21 times as fast" in text
+    content = vocabulary.content(result)
+    assert content["sizes"] == ["8,192", "all"] and content["speed"] == [1.21, 1.0]
+    vocabulary.draw(content, tmp_path / "chart.svg")
+    assert chart.shows(tmp_path / "chart.svg", content)
 
 
 def test_section_of_training_time():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -32,6 +33,19 @@ BY_HAND = {
     (QWEN, 1400, 1): (3.3, 5.2, 5.2, 5.6),
     (QWEN, 1400, 32): (3.9, 6.6, 19.6, 46.9),
 }
+
+
+def test_the_documents_table_of_draft_vocabularies_is_this_arithmetic():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+)x \| ([\d.]+)x \| (?:([\d.]+)x|-) \|$", text, re.M)
+    assert [row[0] for row in rows] == ["65,536", "32,768", "16,384", "8,192"]
+    for size, *said in rows:
+        columns = ((QWEN, CHAIN), (QWEN, WIDE), (LLAVA, CHAIN))
+        for (shape, arm), number in zip(columns, said, strict=True):
+            own = predict(shape, H200, arm, 1, draft_vocab=int(size.replace(",", "")))
+            found = predict(shape, H200, arm, 1).bound / own.bound
+            # A vocabulary as large as LLaVA's own is no use to it.
+            assert float(number) == pytest.approx(found, abs=0.006) if number else found < 1
 
 
 @pytest.mark.parametrize(("shape", "context", "batch"), BY_HAND)

@@ -5,6 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from demo_factory.evaluate import random_guess
+from demo_factory.walks import NAMES, walk_hits, walks
 from demo_factory.world import KINDS, packed, sample
 from demo_factory.world.base import IMAGE_SIZE, draw_content, split_of
 from demo_factory.world.charts import make_chart
@@ -107,3 +108,23 @@ def test_packed_conversations_ask_different_questions_about_one_image():
         assert len(questions) >= 2
         assert len(set(questions)) == len(questions)
         assert len(item.images) == (kind != "text")
+
+
+def test_walks_read_the_picture_at_many_places():
+    asked = walks(30, 1, "test")
+    assert (
+        len({str(one.messages) for one in asked}) == len({str(one.labels) for one in asked}) == 30
+    )
+    assert [str(one.messages) for one in asked] == [
+        str(one.messages) for one in walks(30, 1, "test")
+    ]
+    other = {str(one.labels) for one in walks(30, 1, "train")}
+    assert not other & {str(one.labels) for one in asked}
+    for sort, least in enumerate((5, 5, 3)):
+        for one in asked[sort::3]:
+            hits = walk_hits(sort, one, one.answer)
+            assert len(hits) >= least and score(one, one.answer) == 1
+            assert not any(walk_hits(sort, one, "nothing"))
+            assert all(hits) or NAMES[sort] != "charts"
+        # A caption may walk back, and signs may be listed without their colours.
+        assert any(all(walk_hits(sort, one, one.answer)) for one in asked[sort::3])

@@ -1,5 +1,6 @@
 """Figures of a run as they come (TensorBoard, or a tracker) and as one picture (`curves.png`)."""
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,12 +78,17 @@ def _flat(row: dict[str, Any]) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for name, value in row.items():
         if isinstance(value, dict):
-            found += [(f"{name}/{k}", v) for k, v in value.items()]
+            found += [(f"{name}/{_plain(k)}", v) for k, v in value.items()]
         elif isinstance(value, list):
             found += [(f"{name}/depth{i}", v) for i, v in enumerate(value, 1)]
         elif name != "step":
             found.append((name, value))
     return found
+
+
+def _plain(kind: str) -> str:
+    """A user's name for a kind of work as a part of a curve's name; MLflow refuses other signs."""
+    return re.sub(r"[^\w\- :]", "_", kind, flags=re.ASCII) or "_"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,16 +1,17 @@
 """The training loop: one process here, any number under `torchrun` or `accelerate launch`.
 
-A step is a pure function of settings, step number and weights. Records, their order and the noise
-come from the seed and the step; every process takes its part of the step's records, and the loss is
-divided by the count of rows in all of them. So neither the number of processes, nor the size of
-micro-batches, nor a kill and resume changes the losses beyond rounding.
+A step is a pure function of settings, step number and weights; under the loss ``lk`` also of what
+the step before accepted. Records, their order and the noise come from the seed and the step; every
+process takes its part of the step's records, and the loss is divided by the count of rows in all of
+them. So neither the number of processes, nor the size of micro-batches, nor a kill and resume
+changes the losses beyond rounding.
 """
 
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vllm_msd.checkpoint import load_draft_config
 from vllm_msd.draft.vocabulary import offsets_of
 from vllm_msd.errors import ConfigError, DataError
 from vllm_msd.storage import check_folder
-from vllm_msd.training import curves
+from vllm_msd.training import curves, sharding
 from vllm_msd.training.data.batches import (
     Corpus,
     StepData,
@@ -35,7 +36,7 @@ from vllm_msd.training.data.plan import DataPlan, share_of_multimodal
 from vllm_msd.training.feature_cache import FeatureCache
 from vllm_msd.training.initial import draft_config, initial_draft
 from vllm_msd.training.inputs import DraftInputs
-from vllm_msd.training.losses import EPSILON
+from vllm_msd.training.losses import EPSILON, lk_weights
 from vllm_msd.training.measure import measure
 from vllm_msd.training.objective import DraftObjective, LossWeights
 from vllm_msd.training.results import Results
@@ -72,7 +73,8 @@ class Trainer:
         self.folder = RunFolder(settings.output)
         curves.check_report(settings.report_to)
         self.accelerator = Accelerator(
-            cpu=settings.device == "cpu",
+            # Unasked, accelerate lets processes on CPUs each believe that they are alone.
+            cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
             log_with=settings.report_to if settings.report_to in TRACKERS else None,
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -83,6 +85,8 @@ class Trainer:
                 f"batch_size: got {settings.batch_size}, expected a multiple of the "
                 f"{self.world} processes."
             )
+        if settings.fsdp:
+            sharding.check_processes(self.world)
         # What is wrong with places and files is told before the target is loaded.
         self.folder.check(settings)
         if settings.cache_features:
@@ -115,7 +119,7 @@ class Trainer:
         self._prepare_draft()
         self.results = Results(
             settings, self.folder, self.data, self.accelerator, self.target, self.renderer,
-            self.corpus, self.config, self.units,
+            self.corpus, self.config, self.units, self.optimizer,
         )  # fmt: skip
 
     def _plan(self) -> DataPlan:
@@ -153,6 +157,8 @@ class Trainer:
             draft.d2t.copy_(offsets_of(vocabulary))
         weights = LossWeights(s.loss, s.regression_weight, s.distillation_weight, s.step_decay)
         objective = DraftObjective(draft, s.draft_steps, weights, s.gradient_checkpointing)
+        if s.fsdp:
+            sharding.shard(objective, self.device, self.world)
         optimizer = torch.optim.AdamW(
             parameter_groups(draft, sample),
             self.rate(0),
@@ -160,7 +166,9 @@ class Trainer:
             weight_decay=s.weight_decay,
             fused=True,
         )
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.objective, self.optimizer = objective, optimizer
+        if not s.fsdp:
+            self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=s.precision == "bf16"
         )
@@ -217,7 +225,7 @@ class Trainer:
             if is_saving:
                 if self.cache is not None:
                     self.cache.flush()
-                results.save()
+                results.save(self.objective)
         bar.close()
         results.finish(self.objective, figures)
         skipped = len(self.folder.listed())
@@ -242,7 +250,7 @@ class Trainer:
         self.num_bad = len(self.bad) if self.is_main else 0
         self._check_bad(len(self.bad))
         if self.settings.resume:
-            self.results.restore()
+            self.results.restore(self.objective)
         self.accelerator.wait_for_everyone()
         self.results.open()
 
@@ -289,6 +297,8 @@ class Trainer:
         self._check_bad(int(num_bad))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(data.step) * group["factor"]
+        # Of the step before: this one's mean is known only when all micro-batches are through.
+        kl_weights = lk_weights(self.results.progress.acceptance, s.draft_steps)
         sums = torch.zeros(len(FIGURES), s.draft_steps, device=self.device)
         loss_sum = torch.zeros((), device=self.device)
         tokens = places = 0
@@ -298,28 +308,40 @@ class Trainer:
             tokens += int(features.lengths.sum())
             is_last = number == len(micro)
             with window.phase("draft", self.device):
-                # Gradients meet once, on the last micro-batch.
-                apart = nullcontext() if is_last else self.accelerator.no_sync(self.objective)
-                with apart:
+                with self._gradients_meet(is_last):
                     parts = self.inputs.of_draft(features, examples, data.step)
                     inputs, hidden, mask, segments = parts
                     places += mask.numel()
                     with self.autocast:
-                        loss, figures = self.objective(inputs, hidden, mask, self.head, segments)
+                        loss, figures = self.objective(
+                            inputs, hidden, mask, self.head, segments, kl_weights
+                        )
                     # Averaging over processes divides by their number once more.
                     self.accelerator.backward(loss * (self.world / (count + EPSILON)))
                 sums += figures
                 loss_sum += loss.detach()
         with window.phase("draft", self.device):
-            norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
+            norm = sharding.whole(
+                self.accelerator.clip_grad_norm_(self.objective.parameters(), s.max_grad_norm)
+            )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         sizes = loss_sum.new_tensor([tokens, places])
         together = torch.cat([sums.flatten(), loss_sum[None], sizes])
         together = self.accelerator.reduce(together, "sum")
         *sums_list, loss_total, tokens, places = together.tolist()
+        accepted = sums_list[FIGURES.index("acceptance") * s.draft_steps :][: s.draft_steps]
+        self.results.progress.acceptance = [part / (count + EPSILON) for part in accepted]
         window.add(data.step, sums_list, loss_total, count, tokens, places, float(norm))
         return bool(stop)
+
+    def _gradients_meet(self, is_last: bool) -> AbstractContextManager:
+        """Gradients of all processes meet once, on the last micro-batch."""
+        if self.settings.fsdp:
+            sharding.meet(self.objective, is_last)
+        elif not is_last:
+            return self.accelerator.no_sync(self.objective)
+        return nullcontext()
 
     def _check_bad(self, count: int) -> None:
         limit = self.settings.max_bad_fraction * self.corpus.num_found

@@ -26,7 +26,7 @@ from vllm_msd.training.data.batches import kind_of
 from vllm_msd.training.data.index import RecordFile, image_roots
 from vllm_msd.training.data.render import Renderer
 from vllm_msd.training.initial import in_float
-from vllm_msd.training.profile import MIN_VERIFICATIONS
+from vllm_msd.training.profile import MIN_VERIFICATIONS, preferred_tokens
 from vllm_msd.training.settings import VISUAL_ROWS
 from vllm_msd.training.targets import Target
 from vllm_msd.training.vocabulary import check_size, choose, count_replies, covered, special_ids
@@ -186,9 +186,15 @@ def _write(folder: Path, table: dict[str, Any]) -> None:
             f"write: got {table['all']['verifications']} verifications, expected at least "
             f"{MIN_VERIFICATIONS} for a profile. Give more --records. Nothing was written."
         )
-    raw = read_json(folder / CONFIG)
-    write_json(folder / CONFIG, {**raw, "msd_acceptance": table["profile"]})
-    model_card.write_acceptance(folder, table)
+    profile = table["profile"]
+    raw = {**read_json(folder / CONFIG), "msd_acceptance": profile}
+    tokens = None
+    if raw.get("tree_depth") is None:  # of a tree it would be the nodes, which no chain tells
+        tokens = raw["num_speculative_tokens"] = preferred_tokens(profile["by_depth"])
+        for proposal in raw.get("speculators_config", {}).get("proposal_methods", []):
+            proposal["speculative_tokens"] = tokens
+    write_json(folder / CONFIG, raw)
+    model_card.write_acceptance(folder, table, tokens)
 
 
 def _trained_visual_rows(folder: Path) -> str:

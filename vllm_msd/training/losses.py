@@ -7,6 +7,8 @@ checked against; training uses `row_distances` and `token_losses`, which never h
 whole batch. ``kl`` and ``lk`` look at tokens alone.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +91,7 @@ class _TokenLosses(torch.autograd.Function):
         ids: Tensor | None,
         name: str,
         chunk: int,
+        kl_weights: list[float],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         steps, rows, _ = predicted.shape
         found = predicted.new_empty(3, steps, rows, dtype=torch.float32)
@@ -106,7 +109,7 @@ class _TokenLosses(torch.autograd.Function):
                 logits = F.linear(predicted[step, part].to(head.dtype), own).float()
                 chosen = logits.argmax(-1)
                 agrees[step, part] = (chosen if ids is None else ids[chosen]) == choice
-                losses, slope = _of_logits(logits.log_softmax(-1), wanted, name)
+                losses, slope = _of_logits(logits.log_softmax(-1), wanted, name, kl_weights[step])
                 found[:, step, part] = torch.stack(losses)
                 if gradient is not None:
                     gradient[step, part] = (slope.to(own.dtype) @ own).to(gradient.dtype)
@@ -119,10 +122,12 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         of_rows = gradient * loss_gradient[..., None].to(gradient.dtype)
-        return of_rows, None, None, None, None, None
+        return of_rows, None, None, None, None, None, None
 
 
-def _of_logits(log_q: Tensor, p: Tensor, name: str) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def _of_logits(
+    log_q: Tensor, p: Tensor, name: str, kl_weight: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Loss, cross-entropy and acceptance of rows, and the loss's gradient by the draft's logits.
 
     log_q: ``[N, D]`` the draft's log-probabilities, overwritten. p: ``[N, D]`` the target's
@@ -138,12 +143,23 @@ def _of_logits(log_q: Tensor, p: Tensor, name: str) -> tuple[tuple[Tensor, Tenso
         loss = surprise + torch.special.xlogy(p, p).sum(-1)
     slope = mass * q - p
     if name == "lk":
-        weight = torch.exp(-LK_ETA * acceptance)
-        loss = weight * loss + (1 - weight) * (1 - acceptance)
+        loss = kl_weight * loss + (1 - kl_weight) * (1 - acceptance)
         raised = torch.where(is_low, q, 0.0)
         of_acceptance = raised - q * raised.sum(-1, keepdim=True)
-        slope = weight[:, None] * slope - (1 - weight[:, None]) * of_acceptance
+        slope = kl_weight * slope - (1 - kl_weight) * of_acceptance
     return (loss, surprise, acceptance), slope
+
+
+def lk_weights(acceptance: Sequence[float], steps: int) -> list[float]:
+    """The weight of KL in ``lk`` by drafting step, ``exp(-3 a)`` (arXiv 2602.23881, section 4.2).
+
+    Args:
+        acceptance: the mean probability of acceptance at each drafting step; none is known before
+            the first step, where all weight is on KL.
+        steps: how many drafting steps.
+    """
+    known = [*acceptance, *[0.0] * (steps - len(acceptance))]
+    return [math.exp(-LK_ETA * a) for a in known]
 
 
 def token_losses(
@@ -153,6 +169,7 @@ def token_losses(
     loss: str = "msd",
     ids: Tensor | None = None,
     chunk: int = 0,
+    kl_weights: Sequence[float] = (),
 ) -> TokenLosses:
     """Losses on next tokens, without ever holding the logits of more than a chunk of rows.
 
@@ -160,11 +177,10 @@ def token_losses(
 
     - ``msd``: ``-sum p log q``, soft cross-entropy (arXiv 2505.14260);
     - ``kl``: ``sum p log(p / q)``, which has the same gradient and ends at 0;
-    - ``lk``: ``w KL + (1 - w) (1 - a)`` with ``a = sum min(p, q)`` the acceptance probability and
-      ``w = exp(-3 a)`` held constant: the hybrid of arXiv 2602.23881, section 4.2, with its eta
-      of 3. KL leads while little is accepted and `a` has hardly a gradient; later `a` itself is
-      raised. There `a` is a mean over the batch; here each row has its own, so that neither
-      micro-batches nor the number of processes change a loss.
+    - ``lk``: ``w KL + (1 - w) (1 - a)`` with ``a = sum min(p, q)`` the acceptance probability: the
+      hybrid of arXiv 2602.23881, section 4.2. KL leads while little is accepted and `a` has hardly
+      a gradient; later `a` itself is raised. `w` is one number for all rows of a drafting step
+      (see `lk_weights`).
 
     Args:
         predicted: ``[K, N, H]`` the draft's outputs for the N rows that count, by drafting step.
@@ -175,15 +191,22 @@ def token_losses(
             tokens alone; p keeps its probabilities on them and loses the rest, so that a row counts
             as far as the target's token can be drafted at all. None: all V.
         chunk: rows at a time; 0 keeps a chunk's logits at `CHUNK_LOGITS` numbers.
+        kl_weights: `w` by drafting step, K of them, for ``lk`` only.
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: an unknown loss, or another number of weights.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss: got {loss!r}, expected one of {', '.join(LOSSES)}")
+    steps = predicted.shape[0]
+    if loss == "lk" and len(kl_weights) != steps:
+        raise ValueError(f"kl_weights: got {len(kl_weights)}, expected {steps}, one a step")
+    weights = list(kl_weights) or [1.0] * steps
     chunk = chunk or max(1, CHUNK_LOGITS // head.shape[0])
     with torch.autocast(predicted.device.type, enabled=False):
-        found = _TokenLosses.apply(predicted, target.detach(), head.detach(), ids, loss, chunk)
+        found = _TokenLosses.apply(
+            predicted, target.detach(), head.detach(), ids, loss, chunk, weights
+        )
     return TokenLosses(*found)
 
 

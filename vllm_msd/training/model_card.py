@@ -1,5 +1,6 @@
 """The model card of a draft: the `README.md` of its folder, as the hub shows it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def model_card(
     values = settings.as_dict()
     values["learning_rate"] = f"{settings.highest_rate(config.hidden_size):.2e}"
     chosen = [f"| `{key}` | {values[key]} |" for key in _SHOWN]
+    # Not the setting, which may be a folder's name.
+    proposed = f"{config.draft_vocab_size:,} of " if config.draft_vocab_size else "all "
+    chosen.append(f"| `draft_vocab` | {proposed}{config.num_token_ids:,} tokens |")
     machine = note["machine"]
     place = machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores"
     return "\n".join([
@@ -87,13 +91,18 @@ def acceptance_section(table: dict[str, Any] | None) -> str:
     return "\n".join([*lines, "", f"{table['all']['verifications']} verifications.", _END])
 
 
-def write_acceptance(folder: Path, table: dict[str, Any]) -> bool:
-    """Put figures into a draft's card; False where it has none with a place for them."""
+def write_acceptance(folder: Path, table: dict[str, Any], tokens: int | None = None) -> bool:
+    """Put figures into a draft's card, and how many tokens to draft into its command, if given.
+
+    False where the draft has no card with a place for figures.
+    """
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
         return False
+    if tokens is not None:
+        before = re.sub(r'(?<="num_speculative_tokens": )\d+', str(tokens), before)
     write_text(path, before + acceptance_section(table) + after)
     return True

@@ -1,5 +1,6 @@
 """One micro-batch's part of a step's loss, as sums that add up over micro-batches and processes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,7 @@ class DraftObjective(nn.Module):
         mask: Tensor,
         head: Tensor,
         segments: Tensor | None = None,
+        kl_weights: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor]:
         """Sums over the rows that count.
 
@@ -63,6 +65,7 @@ class DraftObjective(nn.Module):
             mask: ``[B, S]`` bool, rows that count. Never the last one.
             head: ``[V, H]`` the target's head.
             segments: of packed rows (see `packing`).
+            kl_weights: of ``lk``, by drafting step (see `losses.lk_weights`).
 
         Returns:
             The weighted loss's sum, and float32 ``[4, K]`` without gradient: by drafting step the
@@ -76,7 +79,8 @@ class DraftObjective(nn.Module):
         predicted = torch.stack([out[mask] for out in outputs])
         weights = self.weights
         regression = row_distances(predicted, wanted).sum(1)
-        tokens = token_losses(predicted, wanted, head, weights.loss, self.draft.token_ids)
+        ids = self.draft.token_ids
+        tokens = token_losses(predicted, wanted, head, weights.loss, ids, kl_weights=kl_weights)
         loss = tokens.loss.sum(1)
         if weights.loss == "msd":
             loss = weights.regression * regression + weights.distillation * loss

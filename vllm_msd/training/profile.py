@@ -4,13 +4,34 @@ A scheduler that has not seen the draft yet starts from it: how often a chain ge
 often a node is accepted that the draft gives so much probability.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 # Lower ends of the ranges of path probability.
 RANGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+# What drafting one more token and checking it costs, in passes of the target. A draft of a 7B model
+# takes 0.05 (LLaVA-1.5) to 0.11 (Qwen2-VL) by arithmetic (`vllm_msd.roofline`).
+LEVEL_COST = 0.1
 # Fewer verifications say too little, and so does a range of fewer nodes.
 MIN_VERIFICATIONS, MIN_NODES = 50, 10
+
+
+def preferred_tokens(by_depth: Sequence[float]) -> int:
+    """How many tokens a chain had best draft: the most tokens for what they cost.
+
+    A verification gives ``1 + sum(by_depth[:d])`` tokens and takes ``1 + LEVEL_COST d``.
+
+    Args:
+        by_depth: see `acceptance_profile`; at least one share. What is deeper was not measured.
+    """
+    tokens, best, best_rate = 1.0, 1, 0.0
+    for depth, share in enumerate(by_depth, 1):
+        tokens += share
+        rate = tokens / (1 + LEVEL_COST * depth)
+        if rate > best_rate:
+            best, best_rate = depth, rate
+    return best
 
 
 def _zeros() -> list[float]:

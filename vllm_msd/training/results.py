@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from vllm_msd.storage import (
     write_json,
     write_text,
 )
-from vllm_msd.training import acceptance, curves, model_card
+from vllm_msd.training import acceptance, curves, model_card, sharding
 from vllm_msd.training.data.batches import Corpus
 from vllm_msd.training.data.render import Renderer
+from vllm_msd.training.profile import preferred_tokens
 from vllm_msd.training.run_files import RunFolder
 from vllm_msd.training.settings import TrainSettings
 from vllm_msd.training.targets import Target
@@ -39,13 +40,15 @@ class Progress:
     """How far a run is; kept with each checkpoint.
 
     step: steps done. best: acceptance length of the best draft so far. seconds: trained.
-    table: figures of the last evaluation.
+    table: figures of the last evaluation. acceptance: mean probability of acceptance in the last
+    step, by drafting step.
     """
 
     step: int = 0
     best: float = 0.0
     seconds: float = 0.0
     table: dict[str, Any] | None = None
+    acceptance: list[float] = field(default_factory=list)
 
 
 class Results:
@@ -55,7 +58,7 @@ class Results:
         settings, folder: of the run. data: what is kept about its files.
         accelerator: holds objective and optimizer.
         target, renderer, corpus: what held-out records are answered and rendered with.
-        config: of the draft. units: that it is trained in.
+        config: of the draft. units: that it is trained in. optimizer: of the objective.
     """
 
     def __init__(
@@ -69,10 +72,12 @@ class Results:
         corpus: Corpus,
         config: MSDDraftConfig,
         units: Units,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         self.settings, self.folder, self.data = settings, folder, data
         self.accelerator, self.target, self.renderer = accelerator, target, renderer
         self.corpus, self.config, self.units = corpus, config, units
+        self.optimizer = optimizer
         self.is_main = accelerator.is_main_process
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.progress = Progress()
@@ -133,12 +138,15 @@ class Results:
             self.export("best", objective, table)
         return row
 
-    def save(self) -> None:
+    def save(self, objective: torch.nn.Module) -> None:
         """Write a checkpoint to resume from."""
         partial, final = self.folder.checkpoint(self.progress.step)
         try:
             with storage_errors(partial, advice=_GO_ON):
-                self.accelerator.save_state(str(partial))
+                if self.settings.fsdp:
+                    sharding.save(objective, self.optimizer, partial, self.is_main)
+                else:
+                    self.accelerator.save_state(str(partial))
                 self.accelerator.wait_for_everyone()
                 if self.is_main:
                     torch.save(vars(self.progress), partial / "trainer.pt")
@@ -152,7 +160,7 @@ class Results:
             curves.draw(self.folder.read_log(), self.folder.folder / "curves.png")
         self.accelerator.wait_for_everyone()
 
-    def restore(self) -> None:
+    def restore(self, objective: torch.nn.Module) -> None:
         """Go back to the newest checkpoint that can be read; to the beginning where there is none.
 
         Raises:
@@ -161,7 +169,10 @@ class Results:
         found = self.folder.complete_checkpoints()
         for path in found:
             try:
-                self.accelerator.load_state(str(path))
+                if self.settings.fsdp:
+                    sharding.load(objective, self.optimizer, path)
+                else:
+                    self.accelerator.load_state(str(path))
                 self.progress = Progress(**torch.load(path / "trainer.pt", weights_only=True))
                 return
             # A damaged file can raise anything while it is read.
@@ -186,6 +197,9 @@ class Results:
         table = self.progress.table
         profile = table.get("profile") if table else None
         config = replace(self.config, msd_acceptance=profile)
+        if profile:
+            tokens = preferred_tokens(profile["by_depth"])
+            config = replace(config, num_speculative_tokens=tokens)
         save_draft(folder, config, weights)
         content = {
             "what": "draft",
@@ -204,7 +218,10 @@ class Results:
 
     def _weights(self, objective: torch.nn.Module) -> dict[str, Tensor]:
         """The draft's weights as it is served, float32."""
-        state = self.accelerator.get_state_dict(objective)
+        if self.settings.fsdp:
+            state = {name: sharding.whole(x) for name, x in objective.state_dict().items()}
+        else:
+            state = self.accelerator.get_state_dict(objective)
         state = {name.removeprefix("draft."): x.detach() for name, x in state.items()}
         return self.units.fold(state, self.config)
 

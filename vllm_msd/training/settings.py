@@ -175,6 +175,11 @@ class TrainSettings:
         "put short records of a micro-batch into one row of the draft's batch",
         free=True,
     )
+    fsdp: bool = _setting(
+        False,
+        "run",
+        "share the draft's weights, gradients and optimizer out over the processes (torchrun)",
+    )
     length_pool: int = _setting(
         8, "run", "steps whose records are sorted by length together, against padding", least=1
     )
