@@ -83,6 +83,7 @@ def compiled_kernels() -> Iterator[list[str]]:
 def answers(
     *,
     draft: bool = True,
+    auto: bool = False,
     tree: tuple[int, int] | None = None,
     spec_tokens: int = 5,
     dtype: str = "float32",
@@ -94,6 +95,7 @@ def answers(
 
     Args:
         draft: whether to speculate.
+        auto: leave the sizes to the plugin; the costs that it measured come back as ``costs``.
         tree: depth and width; None for a chain.
         spec_tokens: nodes of the tree, or tokens of the chain.
         dtype: of the target and the cache.
@@ -123,6 +125,8 @@ def answers(
         if backend is not None:
             options["attention_backend"] = backend
     target = str(pair.target)
+    if auto:
+        options["speculative_config"] = {"method": "msd", "model": str(pair.draft)}
     with compiled_kernels() as early:
         engine = open_engine(
             target, str(pair.draft) if draft else None, spec_tokens, tree=tree, **options
@@ -141,6 +145,11 @@ def answers(
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
+        "costs": getattr(
+            worker.vllm_config.speculative_config.draft_model_config.hf_config, "msd_costs", None
+        )
+        if auto
+        else None,
         "graphs": len(manager.graphs) if manager is not None else 0,
         "backends": sorted(found),
         "compiled_at_start": sorted(set(early)),

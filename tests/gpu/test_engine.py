@@ -19,11 +19,16 @@ TREE = {"tree": [5, 4], "spec_tokens": 16}
 
 @cache
 def answers(draft, dtype="float32", backend=None):
-    kinds = {"none": {"draft": False}, "chain": {"spec_tokens": 5}, "tree": TREE}
+    kinds = {
+        "none": {"draft": False},
+        "chain": {"spec_tokens": 5},
+        "auto": {"auto": True},
+        "tree": TREE,
+    }
     return gpu_engine_answers(dtype=dtype, backend=backend, **kinds[draft])
 
 
-@pytest.mark.parametrize("draft", ["chain", "tree"])
+@pytest.mark.parametrize("draft", ["chain", "tree", "auto"])
 def test_greedy_answers_are_those_of_no_speculation(draft):
     """In float32, where near ties do not fall by rounding."""
     got = answers(draft)
@@ -43,6 +48,13 @@ def test_either_backend_goes_around_the_trees(backend):
     exact = answers("tree")["acceptance"]
     share = got["acceptance"]["accepted"] / got["acceptance"]["steps"]
     assert abs(share - exact["accepted"] / exact["steps"]) < 0.5
+
+
+def test_what_steps_take_is_measured_at_start():
+    """All sizes at few requests at least; a step takes longer with more of them."""
+    costs = {(requests, nodes): seconds for requests, nodes, seconds in answers("auto")["costs"]}
+    assert {(n, size) for n in (1, 2, 4) for size in (0, 1, 2, 3, 5)} <= set(costs)
+    assert 0 < costs[1, 0] < costs[1, 5] < 1
 
 
 def test_no_kernel_of_ours_is_compiled_while_serving():
