@@ -1,4 +1,4 @@
-"""Serving's long forms: odd configs, odd requests, and 500 mixed ones before and after a restart.
+"""Serving's long forms: odd configs, odd requests, and 1,000 mixed ones before and after a restart.
 
     MSD_LONG=1 python -m pytest tests/long/test_serving.py
 
@@ -93,7 +93,7 @@ def test_soak(tmp_path):
         finally:
             server.stop()
         _, alive = psutil.wait_procs(everything, timeout=10)
-        pairs = list(zip(asked, found, strict=True))
+        pairs = list(zip(asked * server_soak.TIMES, found, strict=True))
         different = [
             (body, outcome.status, outcome.text)
             for (case, body), outcome in pairs

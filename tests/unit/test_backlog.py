@@ -3,7 +3,7 @@
 import torch
 
 from vllm_msd.vllm_plugin.cpu.backlog import MAX_BYTES, Backlog
-from vllm_msd.vllm_plugin.cpu.tally import Tally
+from vllm_msd.vllm_plugin.tally import Tally
 
 
 def rows(*values: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,7 +43,10 @@ def measure_ideal(
     engine = engines.get(auto)
     tables = getattr(getattr(engine.model_runner, "drafter", None), "tables", None)
     if not tables:
-        return {"missing": "sizes do not follow the load here, so no engine knows what steps cost"}
+        return {
+            "missing": "no engine knows what the parts of a step cost: sizes are fixed here, or "
+            "follow whole steps under Model Runner V2"
+        }
     drafter = engine.model_runner.drafter
     chosen = drafter.config
     shapes = {"auto": chosen} | {"chain" if s.is_chain else "tree": s for s in tables}

@@ -55,6 +55,13 @@ class TreeConfig:
                 f"only {k + (d - 1) * k * k} nodes. Make the tree deeper or wider, or take fewer."
             )
 
+    @property
+    def in_words(self) -> str:
+        """As a message says it."""
+        if self.is_chain:
+            return f"chains of up to {self.num_nodes}"
+        return f"trees of up to {self.num_nodes} nodes (depth {self.depth}, top-k {self.top_k})"
+
     @classmethod
     def from_settings(
         cls, num_speculative_tokens: int, tree_depth: int | None, tree_top_k: int | None

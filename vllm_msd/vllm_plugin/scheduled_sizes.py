@@ -16,22 +16,20 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_msd.budget import AcceptancePrior, SizeCosts, SizeSchedule
-from vllm_msd.errors import StorageError
 from vllm_msd.provenance import versions
-from vllm_msd.tree.config import TreeConfig
 from vllm_msd.vllm_plugin.configuration.tree_settings import (
     is_msd_config,
     scheduled_sizes,
     tree_config,
 )
-from vllm_msd.vllm_plugin.cpu.tally import Tally
+from vllm_msd.vllm_plugin.kept_costs import keep, table_path
+from vllm_msd.vllm_plugin.tally import Tally
 
 SECONDS = 8.0  # of measuring
 _SIZES = "msd_sizes"  # where a scheduler keeps its `ScheduledSizes`, or None
@@ -137,35 +135,22 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
     from vllm_msd.vllm_plugin.gpu.step_costs import machine_of
 
     key = table_key(vllm_config, executor.collective_rpc(machine_of)[0])
-    path, origin = table_path(key), "cached"
-    costs = SizeCosts.load(path, key)
+    origin, costs = "cached", SizeCosts.load(table_path(key), key)
     if costs is None:
         started = time.perf_counter()
         costs = measure(executor, vllm_config)
         if costs is None:
             return
         origin = f"measured in {time.perf_counter() - started:.1f} s"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            costs.save(path, key)
-        except (StorageError, OSError) as error:
-            text = "MSD: costs were measured and could not be kept for the next start: %s"
-            logger.warning(text, error)
+        keep(costs, key)
     vllm_config.speculative_config.draft_model_config.hf_config.msd_costs = costs.points
     logger.info(
         "MSD drafts what pays: %s. Costs (%s): %s. Nodes to begin with, by requests: %s.",
-        _shape_in_words(tree_config(vllm_config)),
+        tree_config(vllm_config).in_words,
         origin,
         costs.gist(),
         make_rule(vllm_config).gist(),
     )
-
-
-def _shape_in_words(shape: TreeConfig) -> str:
-    nodes = shape.num_nodes
-    if shape.is_chain:
-        return f"chains of up to {nodes}"
-    return f"trees of up to {nodes} nodes (depth {shape.depth}, top-k {shape.top_k})"
 
 
 def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCosts | None:
@@ -240,9 +225,3 @@ def table_key(vllm_config: Any, machine: dict[str, Any]) -> dict[str, Any]:
         "length": model.max_model_len,
         "versions": versions(),
     }
-
-
-def table_path(key: dict[str, Any]) -> Path:
-    """Where the table of a key is kept: under vLLM's cache root."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(envs.VLLM_CACHE_ROOT) / "msd_costs" / f"{digest}.json"

@@ -31,8 +31,8 @@ from vllm_msd.tree import DraftTree, TreeConfig, TreeShape
 from vllm_msd.vllm_plugin.configuration.tree_settings import auto_shapes
 from vllm_msd.vllm_plugin.cpu.backlog import Backlog
 from vllm_msd.vllm_plugin.cpu.step import StepNodes
-from vllm_msd.vllm_plugin.cpu.tally import Tally
 from vllm_msd.vllm_plugin.cpu.tree_drafter import TreeProposer
+from vllm_msd.vllm_plugin.tally import Tally
 
 logger = init_logger("vllm.vllm_msd")
 
@@ -281,10 +281,3 @@ def _cut(config: TreeConfig, depth: int) -> TreeShape:
     k = config.top_k
     nodes = min(config.num_nodes, k + (depth - 1) * k * k)
     return TreeShape(nodes + 1, depth - 1, k)
-
-
-def describe(shape: TreeConfig) -> str:
-    """A shape in words."""
-    if shape.is_chain:
-        return f"chains of up to {shape.num_nodes}"
-    return f"trees of up to {shape.num_nodes} nodes (depth {shape.depth}, top-k {shape.top_k})"

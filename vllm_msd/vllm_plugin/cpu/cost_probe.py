@@ -12,19 +12,18 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_msd.budget import CostTable, choose_shape
 from vllm_msd.budget.costs import GREEDY
-from vllm_msd.errors import StorageError
 from vllm_msd.provenance import machine, versions
 from vllm_msd.tree import TreeConfig
-from vllm_msd.vllm_plugin.cpu.auto_drafter import AutoProposer, Forced, describe
+from vllm_msd.vllm_plugin.cpu.auto_drafter import AutoProposer, Forced
+from vllm_msd.vllm_plugin.kept_costs import keep, table_path
 
 if TYPE_CHECKING:
     from vllm_msd.vllm_plugin.cpu.runner import TreeModelRunner
@@ -51,7 +50,7 @@ def prepare_budget(runner: TreeModelRunner) -> None:
         if table is None:
             origin = "measured"
             table = measure(runner, shape, SECONDS / len(drafter.shapes))
-            _save(table, key)
+            keep(table, key)
         tables[shape] = table
     drafter.tables = tables
     shape = choose_shape(list(tables.items()), drafter.prior.by_depth)
@@ -59,7 +58,7 @@ def prepare_budget(runner: TreeModelRunner) -> None:
     depths = [f"{n}: {_argmax(drafter.chooser.rates(n))}" for n in (1, 4, 16)]
     logger.info(
         "MSD drafts what pays: %s. Costs (%s): %s. Depth to begin with, by requests: %s.",
-        describe(shape),
+        shape.in_words,
         origin,
         tables[shape].gist(),
         ", ".join(depths),
@@ -93,22 +92,6 @@ def table_key(vllm_config: Any, shape: TreeConfig) -> dict[str, Any]:
         "rows": min(scheduler.max_num_batched_tokens, requests * (1 + shape.num_nodes)),
         "versions": versions(),
     }  # fmt: skip
-
-
-def table_path(key: dict[str, Any]) -> Path:
-    """Where the table of a key is kept: under vLLM's cache root."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(envs.VLLM_CACHE_ROOT) / "msd_costs" / f"{digest}.json"
-
-
-def _save(table: CostTable, key: dict[str, Any]) -> None:
-    path = table_path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.save(path, key)
-    except (StorageError, OSError) as error:
-        logger.warning("MSD: costs were measured and could not be kept for the next start: %s",
-                       error)  # fmt: skip
 
 
 def measure(runner: TreeModelRunner, shape: TreeConfig, seconds: float) -> CostTable:

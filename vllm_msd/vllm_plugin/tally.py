@@ -1,7 +1,6 @@
-"""A line in the log, now and then, about what the budget allowed: the worker's own figures.
+"""A line in the log, now and then, about what the budget allowed.
 
-vLLM's series come from its scheduler, which sees the nodes that are verified and not how many were
-drafted for them.
+For people who read the log; `drafted_nodes.py` has the same for Prometheus.
 """
 
 import time
