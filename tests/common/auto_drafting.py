@@ -28,7 +28,7 @@ class ScriptedDepth:
     def __init__(self, depths: tuple[int, ...], most: int) -> None:
         self._depths, self._most = cycle(depths), most
 
-    def next(self, requests: int, row_seconds: float) -> Any:
+    def next(self, requests: int, costs: Any) -> Any:
         from vllm_msd.budget import DraftPlan
 
         return DraftPlan(min(next(self._depths), self._most))
@@ -136,7 +136,8 @@ def auto_drafting(runner: str, target: str, draft: str, wrong_draft: str) -> dic
     def use(drafter: Any, shape: Any, table: Any) -> None:
         """These costs, whatever steps really take."""
         drafter.use(shape, table)
-        drafter.costs.observe_step = drafter.costs.observe_draft = lambda *_: None
+        for learned in drafter.costs.values():
+            learned.observe_step = learned.observe_draft = lambda *_: None
 
     def case(name: str, engine: Any, watch: Watch) -> None:
         before = acceptance(engine)
@@ -149,8 +150,8 @@ def auto_drafting(runner: str, target: str, draft: str, wrong_draft: str) -> dic
     with running_engine(target, None, **options, speculative_config=config) as engine:
         require_runner(engine, runner)
         drafter = drafter_of(engine)
-        report["points"] = len(drafter.costs.table.step)
-        report["drawing"] = dict(drafter.costs.table.drawing)
+        report["points"] = len(drafter.tables[drafter.config].step)
+        report["drawing"] = dict(drafter.tables[drafter.config].drawing)
         report["left_over"] = len(drafter.runner.requests) + drafter.backlog.num_rows
         watch = Watch(drafter)
         case("as measured", engine, watch)

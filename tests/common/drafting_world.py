@@ -16,6 +16,7 @@ from vllm_msd.budget import (
     LearnedCosts,
     prefix_lengths,
 )
+from vllm_msd.budget.costs import GREEDY
 from vllm_msd.budget.depth import PROBED_NODES
 from vllm_msd.tree import TreeConfig
 
@@ -37,12 +38,12 @@ def costs(step: float, request: float, row: float, prefill: float, level: float)
 class World:
     """``truth`` maps a level's own probability to its chance of being accepted.
 
-    ``row_seconds``: what drawing adds to each row. ``noise``: of a step's seconds, as a share.
+    ``way``: of drawing, which has a cost for each row. ``noise``: of a step's seconds, as a share.
     """
 
     costs: CostTable
     truth: Callable[[np.ndarray], np.ndarray]
-    row_seconds: float = 0.0
+    way: str = GREEDY
     noise: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -54,11 +55,14 @@ class World:
 
     def seconds(self, requests: int, nodes: int, depth: int) -> float:
         rows = requests + nodes
-        return float(
-            self.costs.step_seconds(requests, rows)
-            + self.costs.draft_seconds(requests, rows, depth)
-            + self.row_seconds * rows
+        return self.step_seconds(requests, rows) + float(
+            self.costs.draft_seconds(requests, rows, depth)
         )
+
+    def step_seconds(self, requests: int, rows: int) -> float:
+        """Of the target."""
+        drawing = self.costs.row_seconds(self.way) * rows
+        return float(self.costs.step_seconds(requests, rows)) + drawing
 
     def fixed(self, length: int, requests: int, steps: int) -> float:
         """Tokens per second of a chain of this length."""
@@ -84,25 +88,27 @@ class Auto:
     def __init__(self, world: World, table: CostTable | None = None) -> None:
         self.world = world
         self.calibration = Calibration()
-        self.costs = LearnedCosts(table or world.costs)
-        self.chooser = DepthChooser(SHAPE, self.costs, self.calibration)
+        table = table or world.costs
+        ways = (GREEDY, *(way for way, _ in table.drawing))
+        self.costs = {way: LearnedCosts(table, way) for way in ways}
+        self.chooser = DepthChooser(SHAPE, self.calibration)
 
     def run(self, load: Sequence[int]) -> list[Step]:
         """A step for each number of requests."""
         return [self.step(requests) for requests in load]
 
     def step(self, requests: int) -> Step:
-        plan = self.chooser.next(requests, self.world.row_seconds)
+        costs = self.costs[self.world.way]
+        plan = self.chooser.next(requests, costs)
         paths, right = self.world.draft(requests)
         paths = paths[:, : plan.depth]
         for path in paths:
             self.chooser.drafted(plan.depth, path, np.arange(1, plan.depth + 1))
         lengths = prefix_lengths(
             [self.calibration.worth(path) for path in paths],
-            self.costs,
+            costs,
             plan.depth,
             at_least=PROBED_NODES if plan.is_probe else 0,
-            row_seconds=self.world.row_seconds,
         )
         accepted = int(sum(a[:n].sum() for a, n in zip(right, lengths, strict=True)))
         verified = [(p[:n], a[:n]) for p, a, n in zip(paths, right, lengths, strict=True)]
@@ -115,13 +121,13 @@ class Auto:
 
     def _spend(self, requests: int, rows: int, depth: int) -> float:
         """Seconds of the step, which the costs get to see."""
-        world = self.world
+        world, costs = self.world, self.costs[self.world.way]
         spread = np.exp(world.noise * world.rng.standard_normal(2))
-        step = float(world.costs.step_seconds(requests, rows)) + world.row_seconds * rows
+        step = world.step_seconds(requests, rows)
         draft = float(world.costs.draft_seconds(requests, rows, depth))
-        self.costs.observe_step(requests, rows, spread[0] * step, world.row_seconds)
+        costs.observe_step(requests, rows, spread[0] * step)
         if depth:
-            self.costs.observe_draft(requests, rows, depth, spread[1] * draft)
+            costs.observe_draft(requests, rows, depth, spread[1] * draft)
         return step + draft
 
 

@@ -41,7 +41,6 @@ class DepthChooser:
 
     Args:
         shape: the largest tree (or chain).
-        costs: of the machine.
         calibration: path probabilities to worths, kept up to date by the caller.
         prior: what to expect before anything was drafted.
     """
@@ -49,31 +48,30 @@ class DepthChooser:
     def __init__(
         self,
         shape: TreeConfig,
-        costs: Costs,
         calibration: Calibration,
         prior: AcceptancePrior = USUAL,
     ) -> None:
-        self._shape, self._costs, self._calibration = shape, costs, calibration
+        self._shape, self._calibration = shape, calibration
         # The path probabilities of the nodes at each depth, of the last trees that went so deep.
         self._levels: list[deque[Array]] = [deque(maxlen=REMEMBERED) for _ in range(shape.depth)]
         self._expected = expected_tree(shape, prior.by_depth)
-        self._plans: dict[tuple[int, float], int] = {}
+        self._plans: dict[tuple[int, Costs], int] = {}
         self._planned = 0
         self._until_probe = 0
         self._interval = FIRST_PROBE
 
-    def next(self, requests: int, row_seconds: float = 0.0) -> DraftPlan:
+    def next(self, requests: int, costs: Costs) -> DraftPlan:
         """What to draft for the next step of ``requests`` requests; called once a step.
 
-        ``row_seconds``: that each row of the step costs beside the table.
+        ``costs``: of such steps, the same object as long as they are the same.
         """
         if self._planned == 0:
             self._plans.clear()
             self._planned = PLANNED_FOR
         self._planned -= 1
-        depth = self._plans.get((requests, row_seconds))
+        depth = self._plans.get((requests, costs))
         if depth is None:
-            depth = self._plans[requests, row_seconds] = self._best(requests, row_seconds)
+            depth = self._plans[requests, costs] = self._best(requests, costs)
         self._until_probe -= 1
         if self._until_probe >= 0 or depth == self._shape.depth:
             return DraftPlan(depth)
@@ -101,7 +99,7 @@ class DepthChooser:
             self._until_probe = min(self._until_probe, FIRST_PROBE)
             self._plans.clear()
 
-    def rates(self, requests: int, row_seconds: float = 0.0) -> list[float]:
+    def rates(self, requests: int, costs: Costs) -> list[float]:
         """Expected tokens per second when drafting 0, 1, ... levels."""
         if self._levels[-1]:
             nodes = [np.concatenate(trees) for trees in self._levels]
@@ -117,12 +115,10 @@ class DepthChooser:
         rates = []
         for depth in range(self._shape.depth + 1):
             these = depths <= depth
-            rates.append(
-                best_rate(worths[these], counts[these], requests, self._costs, depth, row_seconds)
-            )
+            rates.append(best_rate(worths[these], counts[these], requests, costs, depth))
         return rates
 
-    def _best(self, requests: int, row_seconds: float) -> int:
-        none, *drafting = self.rates(requests, row_seconds)
+    def _best(self, requests: int, costs: Costs) -> int:
+        none, *drafting = self.rates(requests, costs)
         best = int(np.argmax(drafting))
         return best + 1 if drafting[best] > MARGIN * none else 0

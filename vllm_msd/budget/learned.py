@@ -8,7 +8,7 @@ kept by size: by requests, and by drafted nodes of a request.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vllm_msd.budget.costs import CostTable
+from vllm_msd.budget.costs import GREEDY, CostTable
 
 Array = NDArray[np.float64]
 
@@ -23,10 +23,15 @@ class LearnedCosts:
     """A cost table and how far its entries are off, by what was observed; see the module.
 
     Stands in for the table wherever a rule asks what a step costs.
+
+    Args:
+        table: as measured.
+        way: of drawing. What it adds to each row is part of a step, and of what is learned.
     """
 
-    def __init__(self, table: CostTable) -> None:
+    def __init__(self, table: CostTable, way: str = GREEDY) -> None:
         self.table = table
+        self._row_seconds = table.row_seconds(way)
         self._weight = np.zeros((len(REQUESTS), len(NODES)))
         self._total = np.zeros_like(self._weight)  # of the logarithms of the factors
         self._logs = np.zeros_like(self._weight)
@@ -36,7 +41,7 @@ class LearnedCosts:
         """As the table's."""
         nodes = np.asarray(rows, dtype=float) / max(requests, 1) - 1
         factor = np.exp(np.interp(nodes, NODES, self._logs[_group(requests)]))
-        return self.table.step_seconds(requests, rows) * factor
+        return self._told(requests, rows) * factor
 
     def draft_seconds(self, requests: int, rows: ArrayLike, depth: int) -> Array:
         """As the table's."""
@@ -44,22 +49,14 @@ class LearnedCosts:
         factor = np.exp(total / (weight + GENERAL_WEIGHT))
         return self.table.draft_seconds(requests, rows, depth) * factor
 
-    def row_seconds(self, way: str) -> float:
-        """As the table's."""
-        return self.table.row_seconds(way)
-
-    def observe_step(
-        self, requests: int, rows: int, seconds: float, row_seconds: float = 0.0
-    ) -> None:
+    def observe_step(self, requests: int, rows: int, seconds: float) -> None:
         """Learn from a step of the target that only decoded, drafting not counted.
 
         Args:
             requests, rows: of the step.
             seconds: it took.
-            row_seconds: that each of its rows was said to cost beside the table.
         """
-        expected = float(self.table.step_seconds(requests, rows)) + row_seconds * rows
-        found = _log_ratio(seconds, expected)
+        found = _log_ratio(seconds, float(self._told(requests, rows)))
         nodes = np.clip(rows / requests - 1, NODES[0], NODES[-1])
         share = np.array([np.interp(nodes, NODES, unit) for unit in np.eye(len(NODES))])
         fade = 0.5 ** (1 / HALF_LIFE)
@@ -79,6 +76,11 @@ class LearnedCosts:
         weight, total = self._drafting
         found = _log_ratio(seconds, expected)
         self._drafting = [fade * weight + 1, fade * total + found]
+
+    def _told(self, requests: int, rows: ArrayLike) -> Array:
+        """Seconds of a step by the table."""
+        drawing = self._row_seconds * np.asarray(rows, dtype=float)
+        return self.table.step_seconds(requests, rows) + drawing
 
 
 def _group(requests: int) -> int:

@@ -30,7 +30,6 @@ def prefix_lengths(
     costs: Costs,
     depth: int = 0,
     at_least: int = 0,
-    row_seconds: float = 0.0,
 ) -> list[int]:
     """How many nodes each of R requests has verified.
 
@@ -39,7 +38,6 @@ def prefix_lengths(
         costs: of the machine.
         depth: levels that were drafted, and will be again.
         at_least: nodes to verify in any case, where there are as many.
-        row_seconds: that each row of the step costs beside ``costs``.
     """
     requests = len(worths)
     # A node is never taken before those in front of it, whatever rounding did to its worth.
@@ -47,19 +45,16 @@ def prefix_lengths(
     flat = np.concatenate(ordered) if ordered else np.zeros(0)
     owner = np.repeat(np.arange(requests), [len(w) for w in worths])
     order = np.argsort(-flat, kind="stable")
-    count = best_count(flat[order], requests, costs, depth, row_seconds)
+    count = best_count(flat[order], requests, costs, depth)
     count = max(count, min(at_least, int((flat > 0).sum())))
     return np.bincount(owner[order[:count]], minlength=requests).tolist()
 
 
-def best_count(
-    worths: Array, requests: int, costs: Costs, depth: int, row_seconds: float = 0.0
-) -> int:
+def best_count(worths: Array, requests: int, costs: Costs, depth: int) -> int:
     """How many of ``worths [n]``, falling, make the rate highest; the fewest at a tie."""
     tokens = requests + np.concatenate([[0.0], np.cumsum(worths)])
     rows = requests + np.arange(len(tokens))
     seconds = costs.step_seconds(requests, rows) + costs.draft_seconds(requests, rows, depth)
-    seconds = seconds + row_seconds * rows
     return int(np.argmax(tokens / seconds))
 
 
@@ -69,7 +64,6 @@ def best_rate(
     requests: int,
     costs: Costs,
     depth: int,
-    row_seconds: float = 0.0,
 ) -> float:
     """The best tokens per second of a step with nodes like these.
 
@@ -79,9 +73,8 @@ def best_rate(
         requests: of that step.
         costs: of the machine.
         depth: levels drafted for them.
-        row_seconds: that each row of the step costs beside ``costs``.
     """
     tokens = requests + np.concatenate([[0.0], np.cumsum(counts * worths)])
     rows = requests + np.concatenate([[0.0], np.cumsum(counts)])
-    seconds = costs.step_seconds(requests, rows) + row_seconds * rows
+    seconds = costs.step_seconds(requests, rows)
     return float((tokens / (seconds + costs.draft_seconds(requests, rows, depth))).max())

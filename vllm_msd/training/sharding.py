@@ -22,6 +22,8 @@ from vllm_msd.errors import ConfigError
 
 _STATE = "sharded.pt"
 _WHOLE = StateDictOptions(full_state_dict=True)
+# Gathered on the first process alone, tensor by tensor: all at once might not fit a device.
+_WHOLE_IN_MEMORY = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def check_processes(processes: int) -> None:
@@ -51,7 +53,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def save(objective: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, write: bool) -> None:
     """Gather weights and moments, and write them where asked to; every process must call this."""
-    weights, moments = get_state_dict(objective, optimizer, options=_WHOLE)
+    weights, moments = get_state_dict(objective, optimizer, options=_WHOLE_IN_MEMORY)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"weights": weights, "moments": moments}, folder / _STATE)

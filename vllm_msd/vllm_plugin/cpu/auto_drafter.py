@@ -64,6 +64,7 @@ class AutoProposer(TreeProposer):
         spent: of the last `propose`.
         plan: of the last `propose`.
         tables: what steps cost, for each shape that was chosen from.
+        costs: of the chosen shape, by way of drawing.
         step_seconds: since the step began, set before `propose`.
     """
 
@@ -71,6 +72,7 @@ class AutoProposer(TreeProposer):
     forced: Forced | None = None
     drafted: DraftTree | None
     tables: dict[TreeConfig, CostTable]
+    costs: dict[str, LearnedCosts]
     step_seconds: float
 
     def __init__(self, vllm_config, device, runner=None) -> None:
@@ -88,8 +90,10 @@ class AutoProposer(TreeProposer):
 
     def use(self, config: TreeConfig, costs: CostTable) -> None:
         """Draft trees of this shape from now on; called before the first request."""
-        self.config, self.costs = config, LearnedCosts(costs)
-        self.chooser = DepthChooser(config, self.costs, self.calibration, self.prior)
+        self.config, self.costs = config, {}
+        for way in (GREEDY, *(way for way, _ in costs.drawing)):
+            self.costs[way] = LearnedCosts(costs, way)
+        self.chooser = DepthChooser(config, self.calibration, self.prior)
 
     @override
     def propose(
@@ -115,7 +119,7 @@ class AutoProposer(TreeProposer):
         last_rows = token_indices_to_sample.tolist()
         only_decodes = not self._reads_prompts()
         if only_decodes and self.forced is None:
-            self.costs.observe_step(requests, starts[-1], self.step_seconds, self._row_seconds())
+            self._costs().observe_step(requests, starts[-1], self.step_seconds)
         self.plan, self.drafted, self.spent = self._next_plan(requests), None, Spent()
 
         rows = sum(last + 1 - start for last, start in zip(last_rows, starts, strict=False))
@@ -149,7 +153,7 @@ class AutoProposer(TreeProposer):
         drafting = time.perf_counter() - started
         self.spent.growing = drafting - self.spent.reading
         if only_decodes and not is_behind and self.forced is None:
-            self.costs.observe_draft(requests, starts[-1], self.plan.depth, drafting)
+            self._costs().observe_draft(requests, starts[-1], self.plan.depth, drafting)
         lengths = self._lengths(self.drafted, num_speculative_tokens)
         tokens = self.drafted.tokens[:, 1:].tolist()
         return [own[:length] for own, length in zip(tokens, lengths, strict=True)]
@@ -187,7 +191,7 @@ class AutoProposer(TreeProposer):
             return DraftPlan(self.forced.depth)
         if not any(self.limits):
             return DraftPlan(0)
-        plan = self.chooser.next(requests, self._row_seconds())
+        plan = self.chooser.next(requests, self._costs())
         if plan.depth == 0:
             self.tally.add(0, [])
         return plan
@@ -204,17 +208,17 @@ class AutoProposer(TreeProposer):
                 self.chooser.drafted(self.plan.depth, probabilities[request], depths[request])
         lengths = prefix_lengths(
             [own[: min(limit, most)] for own, limit in zip(worths, self.limits, strict=True)],
-            self.costs,
+            self._costs(),
             self.plan.depth,
             at_least=PROBED_NODES if self.plan.is_probe else 0,
-            row_seconds=self._row_seconds(),
         )
         self.tally.add(probabilities.shape[1], lengths)
         return lengths
 
-    def _row_seconds(self) -> float:
-        """What drawing adds to each row of the coming step."""
-        return self.costs.row_seconds(way_of_drawing(self.runner.input_batch))
+    def _costs(self) -> LearnedCosts:
+        """Of steps with the requests at hand."""
+        way = way_of_drawing(self.runner.input_batch)
+        return self.costs.get(way, self.costs[GREEDY])
 
     def _reads_prompts(self) -> bool:
         """Whether the step has rows of a prompt, which may show images: they are read at once."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
@@ -35,6 +35,7 @@ REQUESTS = (1, 4, 16, 64)  # and the most that the engine runs, if that is below
 # Ways of drawing, see `way_of_drawing`, and how often their steps take turns with greedy ones.
 DRAWING = {"drawn": {}, "top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}}
 TURNS = 2
+DRAWING_SHARE = 0.3  # of the time, at most
 TOKEN = 1  # of prompts whose text does not matter
 
 logger = init_logger("vllm.vllm_msd")
@@ -55,7 +56,7 @@ def prepare_budget(runner: TreeModelRunner) -> None:
     drafter.tables = tables
     shape = choose_shape(list(tables.items()), drafter.prior.by_depth)
     drafter.use(shape, tables[shape])
-    depths = [f"{n}: {_argmax(drafter.chooser.rates(n))}" for n in (1, 4, 16)]
+    depths = [f"{n}: {_argmax(drafter.chooser.rates(n, tables[shape]))}" for n in (1, 4, 16)]
     logger.info(
         "MSD drafts what pays: %s. Costs (%s): %s. Depth to begin with, by requests: %s.",
         shape.in_words,
@@ -96,7 +97,8 @@ def table_key(vllm_config: Any, shape: TreeConfig) -> dict[str, Any]:
 
 def measure(runner: TreeModelRunner, shape: TreeConfig, seconds: float) -> CostTable:
     """Time steps with trees of this shape, small ones first, for about so long."""
-    until = time.perf_counter() + seconds
+    started = time.perf_counter()
+    until = started + (1 - DRAWING_SHARE) * seconds
     step, prefill, level = [], [], []
     last = (0.0, 1)  # seconds and rows of the largest step so far
     for requests, nodes in _points(runner, shape):
@@ -113,21 +115,37 @@ def measure(runner: TreeModelRunner, shape: TreeConfig, seconds: float) -> CostT
             last = max(last, (target, rows))
             if time.perf_counter() > until:
                 break
-    drawing = _drawing_costs(runner, shape)
+    drawing = _drawing_costs(runner, shape, step, started + seconds)
     return CostTable(tuple(step), tuple(prefill), tuple(level), tuple(drawing.items()))
 
 
-def _drawing_costs(runner: TreeModelRunner, shape: TreeConfig) -> dict[str, float]:
-    """Seconds that a row costs more in a step that draws, by the way of drawing."""
-    requests, nodes = max(p for p in _points(runner, shape) if p[0] <= 4)
+def _drawing_costs(
+    runner: TreeModelRunner,
+    shape: TreeConfig,
+    step: Sequence[tuple[int, int, float]],
+    until: float,
+) -> dict[str, float]:
+    """Seconds that a row costs more in a step that draws, by the way of drawing.
+
+    Of the largest of the steps measured that there is time for; empty where there is none.
+    """
+    runs = (1 + len(DRAWING)) * (REPEATS + 1)
+    left = (until - time.perf_counter()) / (2 * runs)  # twice: drawing takes time
+    fitting = [(rows, requests) for requests, rows, took in step if requests <= 4 and took < left]
+    if not fitting:
+        return {}
+    rows, requests = max(fitting)
+    nodes = rows // requests - 1
     forced = Forced(shape, min(nodes, shape.depth), nodes)
     best: dict[str, float] = {}
-    for _ in range(TURNS):
+    for turn in range(TURNS):
         for way, settings in {GREEDY: {"temperature": 0.0}, **DRAWING}.items():
+            if turn and time.perf_counter() > until:
+                break
             params = SamplingParams(**{"temperature": 1.0, **settings})
             for seconds, *_ in _timed(runner, requests, forced, params):
                 best[way] = min(seconds, best.get(way, seconds))
-    greedy, rows = best.pop(GREEDY), requests * (1 + nodes)
+    greedy = best.pop(GREEDY)
     return {way: max(seconds - greedy, 0.0) / rows for way, seconds in best.items()}
 
 
