@@ -144,9 +144,16 @@ def other_drafts(tmp_path_factory):
 
 
 def test_sizes_left_to_the_plugin_follow_the_requests(other_drafts):
-    """Graphs are there for all of them, and hold what eager steps do; scheduled asynchronously."""
+    """Graphs are there for all of them, and hold what eager steps do; scheduled asynchronously.
+
+    More than four requests are drafted for in turn, without a graph.
+    """
     options = {"async_scheduling": True, "best": MOST, "draft": other_drafts["tree"]}
-    eager, got = answers("moving", **options), answers("moving", DECODING, timed=(0, 16), **options)
+    eager = answers("moving", **options)
+    in_turn = {"logits_bytes": 4 * 4 * 2048 * 4}
+    got = answers("moving", DECODING, timed=(0, 16), **in_turn, **options)
+    assert (eager["requests_at_once"], got["requests_at_once"]) == (6, 4)
+    assert {int(size.split()[0]) for size in got["replays"]["decode"]} == {1, 2, 3, 4}
     assert got["ids"] == eager["ids"] == answers(None)["ids"]
     assert len(got["times"]) == 2 and min(got["times"]) > 0
     assert got["acceptance"] == eager["acceptance"]
