@@ -145,9 +145,10 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
         keep(costs, key)
     vllm_config.speculative_config.draft_model_config.hf_config.msd_costs = costs.points
     logger.info(
-        "MSD drafts what pays: %s. Costs (%s): %s. Nodes to begin with, by requests: %s.",
+        "MSD drafts what pays: %s. Costs (%s, in %s): %s. Nodes to begin with, by requests: %s.",
         tree_config(vllm_config).in_words,
         origin,
+        table_path(key),
         costs.gist(),
         make_rule(vllm_config).gist(),
     )
@@ -155,6 +156,9 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
 
 def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCosts | None:
     """Time steps of all sizes, small ones first, for about so long.
+
+    Where time is left, all of them once more: the quicker one counts, as the rest was noise.
+    Measuring ends early where the device has no memory for a step.
 
     Args:
         executor: of the workers.
@@ -164,35 +168,41 @@ def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCo
     Returns:
         None where there is no room for made-up requests.
     """
-    from vllm_msd.vllm_plugin.gpu.step_costs import TIMED, WARM_UP, time_steps
+    from vllm_msd.vllm_plugin.gpu.step_costs import OUT_OF_MEMORY, TIMED, WARM_UP, time_steps
 
     def timed(requests: int, nodes: int) -> float | None:
-        return executor.collective_rpc(time_steps, args=(requests, nodes))[0]
+        ranks = executor.collective_rpc(time_steps, args=(requests, nodes))
+        return OUT_OF_MEMORY if OUT_OF_MEMORY in ranks else ranks[0]
 
-    timed(1, max(scheduled_sizes(vllm_config)))
-    until = time.perf_counter() + seconds
     scheduler = vllm_config.scheduler_config
-    most = scheduler.max_num_seqs
+    sizes, most = scheduled_sizes(vllm_config), scheduler.max_num_seqs
     counts = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
     places = [
         (requests, nodes)
-        for nodes in scheduled_sizes(vllm_config)
+        for nodes in sizes
         for requests in counts
         if requests * (1 + nodes) <= scheduler.max_num_batched_tokens
     ]
     # Where time is short, all sizes are known for few requests.
     places.sort(key=lambda place: (place[0] * (1 + place[1]), place[1]))
-    points: list[tuple[int, int, float]] = []
+    timed(1, max(sizes))
+    until = time.perf_counter() + seconds
+    best: dict[tuple[int, int], float] = {}
     took, rows_then = 0.0, 1
-    for requests, nodes in places:
+    for requests, nodes in 2 * places:
         rows = requests * (1 + nodes)
-        expected = (2 + WARM_UP + TIMED) * took * max(1.0, rows / rows_then)
-        if points and time.perf_counter() + expected > until:
+        known = best.get((requests, nodes), took * max(1.0, rows / rows_then))
+        if best and time.perf_counter() + (2 + WARM_UP + TIMED) * known > until:
             continue
         found = timed(requests, nodes)
+        if found == OUT_OF_MEMORY:
+            text = "MSD: no memory for a step of %d requests with %d drafts each; costs end there."
+            logger.warning(text, requests, nodes)
+            break
         if found is not None:
-            points.append((requests, nodes, found))
+            best[requests, nodes] = min(found, best.get((requests, nodes), found))
             took, rows_then = found, rows
+    points = [(*place, spent) for place, spent in best.items()]
     return SizeCosts.of(points) if any(nodes == 0 for _, nodes, _ in points) else None
 
 
