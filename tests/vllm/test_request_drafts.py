@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm import SamplingParams
 
-from vllm_msd.vllm_plugin import request_drafts, scheduled_sizes
+from vllm_msd.vllm_plugin import drafted_nodes, request_drafts, scheduled_sizes
 from vllm_msd.vllm_plugin.gpu import step_costs
 
 PLACEHOLDERS = [-1] * 5
 
 
-def request(drafts=PLACEHOLDERS, **own):
-    return SimpleNamespace(
-        spec_token_ids=drafts, sampling_params=SimpleNamespace(extra_args=own or None)
-    )
+def request(drafts=PLACEHOLDERS, penalty=0.0, **own):
+    params = SamplingParams(presence_penalty=penalty, extra_args=own or None)
+    return SimpleNamespace(spec_token_ids=drafts, sampling_params=params)
 
 
 class Scheduler:
@@ -23,7 +23,9 @@ class Scheduler:
 
     def __init__(self, requests, v2=True):
         self.requests, self.use_v2_model_runner = requests, v2
-        self.vllm_config = SimpleNamespace(speculative_config=None)
+        self.vllm_config = SimpleNamespace(
+            speculative_config=None, scheduler_config=SimpleNamespace(async_scheduling=False)
+        )
         self.running = list(requests.values())
 
     @request_drafts.wrap_schedule
@@ -78,10 +80,15 @@ def test_other_engines_are_left_alone(monkeypatch, is_msd):
 # Sizes left to the plugin -------------------------------------------------------------------------
 
 
-def engine_config(sizes=(0, 2, 5), costs=((1, 0, 0.1), (2, 0, 0.1), (1, 5, 0.1), (1, 2, 0.1))):
+def engine_config(
+    sizes=(0, 2, 5),
+    costs=((1, 0, 0.1), (2, 0, 0.1), (1, 5, 0.1), (1, 2, 0.1)),
+    tree=(5, 1),
+    scheduling=False,
+):
     draft = SimpleNamespace(
-        msd_draft={"msd_acceptance": None}, msd_tree_depth=5, msd_tree_top_k=1, msd_sizes=sizes,
-        msd_costs=costs, msd_auto=None,
+        msd_draft={"msd_acceptance": None}, msd_tree_depth=tree[0], msd_tree_top_k=tree[1],
+        msd_sizes=sizes, msd_costs=costs, msd_auto=None,
     )  # fmt: skip
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
@@ -89,7 +96,7 @@ def engine_config(sizes=(0, 2, 5), costs=((1, 0, 0.1), (2, 0, 0.1), (1, 5, 0.1),
             num_speculative_tokens_per_batch_size=[[1, 2, 5]],
             draft_model_config=SimpleNamespace(hf_config=draft),
         ),
-        scheduler_config=SimpleNamespace(max_num_seqs=2),
+        scheduler_config=SimpleNamespace(max_num_seqs=2, async_scheduling=scheduling),
     )
 
 
@@ -99,8 +106,8 @@ class MovingScheduler(Scheduler):
     dynamic_sd_lookup = (0, 9, 9)
     num_spec_tokens = 5
 
-    def __init__(self, requests, **config):
-        super().__init__(requests)
+    def __init__(self, requests, v2=True, **config):
+        super().__init__(requests, v2)
         self.vllm_config = engine_config(**config)
 
     @request_drafts.wrap_schedule
@@ -109,7 +116,7 @@ class MovingScheduler(Scheduler):
         return SimpleNamespace(
             num_scheduled_tokens=dict.fromkeys(self.requests, 1),
             num_spec_tokens_to_schedule=self.dynamic_sd_lookup[count],
-            scheduled_spec_decode_tokens={},
+            scheduled_spec_decode_tokens={name: [-1] for name in self.requests},
         )
 
     @scheduled_sizes.wrap_make_spec_decoding_stats
@@ -147,11 +154,53 @@ def test_what_a_grammar_forbids_was_not_drafted():
     assert noted == [(3, 1)]
 
 
-def test_where_no_steps_were_timed_all_are_drafted():
-    """As where vLLM has fallen back to Model Runner V1."""
-    scheduler = MovingScheduler({"a": request()}, costs=None)
+@pytest.mark.parametrize(("tree", "noted"), [((2, 2), [(5, 2)]), ((5, 1), [(5, 1), (5, 2)])])
+def test_a_chain_in_the_place_of_a_tree_says_nothing_about_trees(tree, noted):
+    scheduler = MovingScheduler({"a": request(penalty=0.5), "b": request()}, tree=tree)
+    scheduler.schedule()
+    found = []
+    scheduled_sizes.sizes_of(scheduler).rule.observe = lambda *counts: found.append(counts)
+    scheduler.make_spec_decoding_stats(None, 5, 1, None, "a")
+    scheduler.make_spec_decoding_stats(None, 5, 2, None, "b")
+    assert found == noted
+
+
+def test_the_log_tells_what_was_drafted_for_the_nodes_verified(monkeypatch):
+    """Two nodes of a tree that is two wide need one level, which proposes all five."""
+    said = []
+    monkeypatch.setattr(scheduled_sizes.envs, "VLLM_LOG_STATS_INTERVAL", 0.0)
+    monkeypatch.setattr(scheduled_sizes.logger, "info", said.append)
+    costs = ((1, 0, 0.1), (2, 0, 0.1), (1, 2, 0.1))
+    MovingScheduler({"a": request()}, tree=(2, 2), costs=costs).schedule()
+    assert said == [
+        "MSD drafted in 1 of 1 steps: 5.0 nodes a request, of which 2.0 were to be verified."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("v2", "reason"),
+    [(True, scheduled_sizes.UNTIMED), (False, scheduled_sizes.FALLEN_BACK)],
+    ids=["no room", "Model Runner V1"],
+)
+def test_where_no_steps_were_timed_all_are_drafted(monkeypatch, v2, reason):
+    said = []
+    monkeypatch.setattr(scheduled_sizes.logger, "info", said.append)
+    scheduler = MovingScheduler({"a": request()}, v2, costs=None)
     assert scheduler.schedule().num_spec_tokens_to_schedule == 5
     assert scheduler.dynamic_sd_lookup == [5, 5, 5]
+    assert said == [reason]
+
+
+@pytest.mark.parametrize(
+    ("v2", "scheduling", "counted"), [(True, False, 15), (False, True, 15), (False, False, 0)]
+)
+def test_drafts_are_counted_by_steps_where_no_worker_tells(v2, scheduling, counted):
+    """Model Runner V1's workers hand drafts over unless steps are scheduled asynchronously."""
+    scheduler = MovingScheduler({"a": request()}, v2, costs=None, scheduling=scheduling)
+    for _ in range(4):
+        scheduler.schedule()
+    count = drafted_nodes._count_of(scheduler)
+    assert count.total == counted
 
 
 class Executor:

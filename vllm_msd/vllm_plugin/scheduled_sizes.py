@@ -28,10 +28,18 @@ from vllm_msd.vllm_plugin.configuration.tree_settings import (
     scheduled_sizes,
     tree_config,
 )
+from vllm_msd.vllm_plugin.drafted_nodes import nodes_drafted
 from vllm_msd.vllm_plugin.kept_costs import keep, table_path
 from vllm_msd.vllm_plugin.tally import Tally
+from vllm_msd.vllm_plugin.trees.constrained import needs_chain
 
 SECONDS = 8.0  # of measuring
+UNTIMED = "MSD: the sizes are the draft's own. No steps were timed here."
+FALLEN_BACK = (
+    "MSD: the sizes are the draft's own, as vLLM takes Model Runner V1 here. If it warned of "
+    "dynamic speculative decoding and took PIECEWISE CUDA graphs, that was for sizes left to the "
+    "plugin: give num_speculative_tokens for full graphs."
+)
 _SIZES = "msd_sizes"  # where a scheduler keeps its `ScheduledSizes`, or None
 
 logger = init_logger("vllm.vllm_msd")
@@ -40,8 +48,9 @@ logger = init_logger("vllm.vllm_msd")
 class ScheduledSizes:
     """A scheduler's sizes. ``rule``: decides them."""
 
-    def __init__(self, rule: SizeSchedule) -> None:
-        self.rule = rule
+    def __init__(self, rule: SizeSchedule, vllm_config: Any) -> None:
+        self.rule, self._config = rule, vllm_config
+        self._trees = not tree_config(vllm_config).is_chain
         self._tally = Tally(logger.info, float(envs.VLLM_LOG_STATS_INTERVAL))
 
     def scheduled(self, output: Any) -> None:
@@ -49,8 +58,16 @@ class ScheduledSizes:
         requests = len(output.num_scheduled_tokens)
         if requests:
             drafted = output.num_spec_tokens_to_schedule
-            self.rule.scheduled(requests)
-            self._tally.add(drafted, [drafted] * requests)
+            self.rule.scheduled(requests, drafted)
+            self._tally.add(nodes_drafted(self._config, drafted), [drafted] * requests)
+
+    def verified(self, request: Any, drafts: int, accepted: int) -> None:
+        """Take note of a request's verification.
+
+        Where trees are drafted, a request that needs a chain says nothing about them.
+        """
+        if not (self._trees and needs_chain(request.sampling_params)):
+            self.rule.observe(drafts, accepted)
 
 
 def sizes_of(scheduler: Any) -> ScheduledSizes | None:
@@ -62,11 +79,11 @@ def sizes_of(scheduler: Any) -> ScheduledSizes | None:
         config, sizes = scheduler.vllm_config, None
         if is_msd_config(config.speculative_config) and scheduled_sizes(config):
             if _costs(config) is not None:
-                sizes = ScheduledSizes(make_rule(config))
+                sizes = ScheduledSizes(make_rule(config), config)
             else:  # the schedule is no user's
                 most = scheduler.num_spec_tokens
                 scheduler.dynamic_sd_lookup = [most] * len(scheduler.dynamic_sd_lookup)
-                logger.info("MSD: the sizes are the draft's own. No steps were timed here.")
+                logger.info(UNTIMED if scheduler.use_v2_model_runner else FALLEN_BACK)
         setattr(scheduler, _SIZES, sizes)
     return getattr(scheduler, _SIZES)
 
@@ -117,7 +134,8 @@ def wrap_make_spec_decoding_stats(original: Callable[..., Any]) -> Callable[...,
         sizes: ScheduledSizes | None = getattr(self, _SIZES, None)
         if sizes is not None and num_draft_tokens:
             invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-            sizes.rule.observe(num_draft_tokens - invalid, num_accepted_tokens)
+            request = self.requests[request_id]
+            sizes.verified(request, num_draft_tokens - invalid, num_accepted_tokens)
         return original(
             self,
             spec_decoding_stats,
