@@ -228,6 +228,7 @@ def test_graphs_of_trees_whose_sizes_move(tree_pair, monkeypatch, sizes, at_once
     assert max(desc.num_tokens for desc in compact) <= max_tokens
     assert {*range(1, 9)} <= {desc.num_reqs for desc in compact}
     assert len(compact) <= len(MANY_REQUESTS) + 1
+    assert len(graphs_of(speculator.prefill_cudagraph_manager)) <= 6 * (len(MANY_REQUESTS) + 3)
 
 
 @pytest.mark.usefixtures("no_device")
