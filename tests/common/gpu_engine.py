@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ def answers(
     *,
     draft: bool = True,
     auto: bool = False,
+    best: list[int] | None = None,
+    seqs: int | None = None,
     tree: tuple[int, int] | None = None,
     spec_tokens: int = 5,
     dtype: str = "float32",
@@ -95,7 +97,11 @@ def answers(
 
     Args:
         draft: whether to speculate.
-        auto: leave the sizes to the plugin; the costs that it measured come back as ``costs``.
+        auto: leave the sizes to the plugin, of the tree or the demo's chain; the costs that it
+            measured come back as ``costs``.
+        best: have them follow other costs, see `moving_sizes.left_to_the_plugin`.
+        seqs: most requests at a time, with the CUDA graphs that the engine chooses; None for six
+            and few graphs.
         tree: depth and width; None for a chain.
         spec_tokens: nodes of the tree, or tokens of the chain.
         dtype: of the target and the cache.
@@ -108,6 +114,11 @@ def answers(
     from vllm.platforms import current_platform
 
     from tests.common.cuda_graphs.answers import OPTIONS
+    from tests.common.cuda_graphs.moving_sizes import (
+        draft_of_trees,
+        left_to_the_plugin,
+        steps_of,
+    )
     from tests.common.fp32_engine import acceptance, counted, open_engine
     from tests.common.lossless import demo_requests
     from vllm_msd.demo.paths import demo_pair
@@ -115,19 +126,27 @@ def answers(
     pair, on_gpu = demo_pair(), current_platform.is_cuda()
     rows = 1 + (spec_tokens if draft else 0)
     options = {**OPTIONS, "dtype": dtype}
+    if seqs is not None:
+        options |= {"max_num_seqs": seqs, "max_num_batched_tokens": 2048}
     if on_gpu:
         sizes = sorted({n * m for n in (1, 2, 4, 6) for m in (1, rows)})
+        graphs = {"cudagraph_capture_sizes": sizes} if seqs is None else {}
         options |= {
             "enforce_eager": False,
-            "compilation_config": GRAPHS | {"cudagraph_capture_sizes": sizes},
+            "compilation_config": GRAPHS | graphs,
             "gpu_memory_utilization": 0.2,
         }
         if backend is not None:
             options["attention_backend"] = backend
     target = str(pair.target)
+    folder = tempfile.TemporaryDirectory()
     if auto:
-        options["speculative_config"] = {"method": "msd", "model": str(pair.draft)}
-    with compiled_kernels() as early:
+        own = str(pair.draft)
+        if tree is not None:
+            own = draft_of_trees(own, Path(folder.name) / "draft", spec_tokens, *tree)
+        options["speculative_config"] = {"method": "msd", "model": own}
+    forced = left_to_the_plugin(best, measured=True) if best else nullcontext()
+    with folder, forced as measured, compiled_kernels() as early:
         engine = open_engine(
             target, str(pair.draft) if draft else None, spec_tokens, tree=tree, **options
         )
@@ -135,21 +154,21 @@ def answers(
     params = [
         SamplingParams(temperature=0, max_tokens=r.max_tokens, ignore_eos=True) for r in asked
     ]
-    with compiled_kernels() as late:
+    with compiled_kernels() as late, steps_of(engine) as steps:
         outputs = engine.generate([r.for_vllm() for r in asked], params, use_tqdm=False)
     worker = engine.llm_engine.model_executor.driver_worker.worker
     manager = getattr(worker.model_runner, "cudagraph_manager", None)
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     found = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    if auto and measured is None:
+        draft_config = worker.vllm_config.speculative_config.draft_model_config.hf_config
+        measured = getattr(draft_config, "msd_costs", None)
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
         "acceptance": counted(acceptance(engine)),
-        "costs": getattr(
-            worker.vllm_config.speculative_config.draft_model_config.hf_config, "msd_costs", None
-        )
-        if auto
-        else None,
+        "costs": measured,
+        "steps": steps,
         "graphs": len(manager.graphs) if manager is not None else 0,
         "backends": sorted(found),
         "compiled_at_start": sorted(set(early)),

@@ -15,6 +15,7 @@ from tests.common.gpu_engine import gpu_engine_answers
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 TREE = {"tree": [5, 4], "spec_tokens": 16}
+MOST = (16, 8, 4, 2, 2, 0)  # nodes that pay by costs of the test's own, by requests; 0 beyond
 
 
 @cache
@@ -23,12 +24,13 @@ def answers(draft, dtype="float32", backend=None):
         "none": {"draft": False},
         "chain": {"spec_tokens": 5},
         "auto": {"auto": True},
+        "moving": {"auto": True, "best": MOST, "seqs": 256, "longest": 96, **TREE},
         "tree": TREE,
     }
     return gpu_engine_answers(dtype=dtype, backend=backend, **kinds[draft])
 
 
-@pytest.mark.parametrize("draft", ["chain", "tree", "auto"])
+@pytest.mark.parametrize("draft", ["chain", "tree"])
 def test_greedy_answers_are_those_of_no_speculation(draft):
     """In float32, where near ties do not fall by rounding."""
     got = answers(draft)
@@ -50,11 +52,35 @@ def test_either_backend_goes_around_the_trees(backend):
     assert abs(share - exact["accepted"] / exact["steps"]) < 0.5
 
 
-def test_what_steps_take_is_measured_at_start():
+def test_sizes_left_to_the_plugin_change_no_answer():
+    """Whichever it finds worth their time here: none, too."""
+    got = answers("auto")
+    assert got["graphs"] > 0
+    assert got["ids"] == answers("none")["ids"]
+    assert {nodes for _, nodes in got["steps"]} <= {0, 1, 2, 3, 5}
+
+
+def test_trees_follow_the_requests_in_graphs_of_the_engines_own():
+    """Up to 256 requests, of which the draft takes not all at once; sizes by the test's costs."""
+    got = answers("moving")
+    plain = gpu_engine_answers(draft=False, longest=96)
+    assert got["graphs"] > 100
+    assert got["ids"] == plain["ids"]
+    assert got["acceptance"]["accepted"] > 50 and got["acceptance"]["rejected"] > 50
+    wanted = dict(enumerate(MOST, 1))
+    others = [(n, nodes) for n, nodes in got["steps"] if nodes != wanted.get(n, 0)]
+    assert len(others) <= 3 and all(nodes > wanted.get(n, 0) for n, nodes in others)  # probes
+    assert {(12, 0), (6, 0), (3, 4)} <= {(n, nodes) for n, nodes in got["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("draft", "sizes"), [("auto", (0, 1, 2, 3, 5)), ("moving", (0, 1, 2, 4, 8, 16))]
+)
+def test_what_steps_take_is_measured_at_start(draft, sizes):
     """All sizes at few requests at least; a step takes longer with more of them."""
-    costs = {(requests, nodes): seconds for requests, nodes, seconds in answers("auto")["costs"]}
-    assert {(n, size) for n in (1, 2, 4) for size in (0, 1, 2, 3, 5)} <= set(costs)
-    assert 0 < costs[1, 0] < costs[1, 5] < 1
+    costs = {(requests, nodes): seconds for requests, nodes, seconds in answers(draft)["costs"]}
+    assert {(n, size) for n in (1, 2, 4) for size in sizes} <= set(costs)
+    assert 0 < costs[1, 0] < costs[1, sizes[-1]] < 1
 
 
 def test_no_kernel_of_ours_is_compiled_while_serving():

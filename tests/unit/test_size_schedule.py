@@ -56,7 +56,7 @@ class World:
         steps = []
         for requests in load:
             nodes = self.rule.table()[requests]
-            self.rule.scheduled(requests)
+            self.rule.scheduled(requests, nodes)
             got = self.accepted(nodes, requests) if nodes else np.zeros(0, dtype=int)
             for count in got:
                 self.rule.observe(nodes, int(count))
@@ -247,6 +247,57 @@ def test_what_is_not_verified_is_tried_now_and_then():
     assert set(short) == {1, 2} and short.count(2) < 20
     world.set(0.95)
     assert nodes_of(world.run([8] * 4000))[-1] == 8
+
+
+def probing(best=(16, 1, 0)):
+    """A rule to which so many nodes pay for 1, 2 and 3 requests, and whose next probe is due."""
+    sizes = candidate_sizes(16)
+    table = SizeCosts.of(
+        (r, n, 1.0 if n <= pays else 10.0) for r, pays in enumerate(best, 1) for n in sizes
+    )
+    rule = SizeSchedule(TREE, sizes, table, len(best))
+    assert rule.table()[1:] == list(best)
+    while rule.table() is rule._table:
+        rule.scheduled(2, 1)
+    return rule
+
+
+def test_a_probe_waits_for_a_step_that_can_be_one():
+    rule = probing()
+    assert rule.table()[1:] == [16, 2, 16]
+    for _ in range(3):
+        rule.scheduled(1, 16)  # has all nodes anyway
+        rule.scheduled(2, 0)  # whose requests want none
+        rule.scheduled(3, 0)
+    assert rule.table()[1:] == [16, 2, 16]
+    rule.scheduled(2, 2)
+    assert rule.table()[1:] == [16, 1, 0]
+
+
+@pytest.mark.parametrize(("verified", "kept"), [(True, 1000), (False, REMEMBERED)])
+def test_only_where_nothing_is_verified_is_evidence_let_go(verified, kept):
+    """The last step before a look says nothing: it may be the one of 3 requests between others."""
+    rule = probing()
+    for _ in range(2000):
+        rule.observe(16, 3)
+    rule._look_again()
+    for step in range(1, 4 * PLANNED_FOR + 1):
+        requests = 1 if verified and step % 4 else 3
+        rule.scheduled(requests, rule.table()[requests])
+        if requests == 1:
+            rule.observe(16, 3)
+    trials = rule.accepted._trials[0]
+    assert trials > kept if verified else trials <= kept
+
+
+def test_what_was_not_timed_is_not_tried():
+    costs_of = [(1, 0, 1.0), (1, 1, 1.0), (1, 8, 1.0), (2, 0, 1.0)]
+    rule = SizeSchedule(TREE, [0, 1, 2, 4, 8, 16], SizeCosts.of(costs_of), 2)
+    assert rule.sizes.tolist() == [0, 1, 8] and rule._probes[1:] == [8, 8]
+    alone = SizeSchedule(TREE, [0, 1, 2], SizeCosts.of([(1, 0, 1.0)]), 2)
+    for _ in range(100):
+        assert alone.table() == [0, 0, 0]
+        alone.scheduled(1, 0)
 
 
 def test_sizes_do_not_flap():

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.common import tiny
+from tests.common.cuda_graphs.moving_sizes import draft_of_trees
 from tests.common.tree_mutations import SHOWS_IN_OUTPUT
 from tests.common.worker import run_worker
 from vllm_msd.demo.paths import demo_pair
@@ -129,24 +130,27 @@ def other_drafts(tmp_path_factory):
     """The demo's draft as one that prefers trees, and with its input shuffled."""
     root, own = tmp_path_factory.mktemp("drafts"), Path(demo_pair().draft)
     config = json.loads((own / "config.json").read_text())
-    tree, wrong = root / "tree", root / "wrong"
-    tree.mkdir()
+    wrong = root / "wrong"
     wrong.mkdir()
-    sizes = {"num_speculative_tokens": 16, "tree_depth": 5, "tree_top_k": 4}
-    (tree / "config.json").write_text(json.dumps(config | sizes))
-    (tree / "model.safetensors").symlink_to(own / "model.safetensors")
     weights = load_file(own / "model.safetensors")
     order = torch.randperm(len(weights["fc.weight"]), generator=torch.manual_seed(0))
     weights["fc.weight"] = weights["fc.weight"][order].contiguous()
     save_file(weights, wrong / "model.safetensors")
     (wrong / "config.json").write_text(json.dumps(config))
-    return {"tree": str(tree), "wrong": str(wrong)}
+    return {"tree": draft_of_trees(str(own), root / "tree", 16, 5, 4), "wrong": str(wrong)}
 
 
 def test_sizes_left_to_the_plugin_follow_the_requests(other_drafts):
-    """Graphs are there for all of them, and hold what eager steps do; scheduled asynchronously."""
+    """Graphs are there for all of them, and hold what eager steps do; scheduled asynchronously.
+
+    More than four requests are drafted for in turn, without a graph.
+    """
     options = {"async_scheduling": True, "best": MOST, "draft": other_drafts["tree"]}
-    eager, got = answers("moving", **options), answers("moving", DECODING, timed=(0, 16), **options)
+    eager = answers("moving", **options)
+    in_turn = {"logits_bytes": 4 * 4 * 2048 * 4}
+    got = answers("moving", DECODING, timed=(0, 16), **in_turn, **options)
+    assert (eager["requests_at_once"], got["requests_at_once"]) == (6, 4)
+    assert {int(size.split()[0]) for size in got["replays"]["decode"]} == {1, 2, 3, 4}
     assert got["ids"] == eager["ids"] == answers(None)["ids"]
     assert len(got["times"]) == 2 and min(got["times"]) > 0
     assert got["acceptance"] == eager["acceptance"]

@@ -1,18 +1,21 @@
 """Drafts of single requests under Model Runner V2: what the scheduler is left with."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm import SamplingParams
 
-from vllm_msd.vllm_plugin import request_drafts, scheduled_sizes
+from vllm_msd.vllm_plugin import drafted_nodes, request_drafts, scheduled_sizes
+from vllm_msd.vllm_plugin.gpu import step_costs
 
 PLACEHOLDERS = [-1] * 5
 
 
-def request(drafts=PLACEHOLDERS, **own):
-    return SimpleNamespace(
-        spec_token_ids=drafts, sampling_params=SimpleNamespace(extra_args=own or None)
-    )
+def request(drafts=PLACEHOLDERS, penalty=0.0, **own):
+    params = SamplingParams(presence_penalty=penalty, extra_args=own or None)
+    return SimpleNamespace(spec_token_ids=drafts, sampling_params=params)
 
 
 class Scheduler:
@@ -20,7 +23,9 @@ class Scheduler:
 
     def __init__(self, requests, v2=True):
         self.requests, self.use_v2_model_runner = requests, v2
-        self.vllm_config = SimpleNamespace(speculative_config=None)
+        self.vllm_config = SimpleNamespace(
+            speculative_config=None, scheduler_config=SimpleNamespace(async_scheduling=False)
+        )
         self.running = list(requests.values())
 
     @request_drafts.wrap_schedule
@@ -75,16 +80,23 @@ def test_other_engines_are_left_alone(monkeypatch, is_msd):
 # Sizes left to the plugin -------------------------------------------------------------------------
 
 
-def engine_config(sizes=(0, 2, 5), costs=((1, 0, 0.1), (2, 0, 0.1), (1, 5, 0.1), (1, 2, 0.1))):
+def engine_config(
+    sizes=(0, 2, 5),
+    costs=((1, 0, 0.1), (2, 0, 0.1), (1, 5, 0.1), (1, 2, 0.1)),
+    tree=(5, 1),
+    scheduling=False,
+):
     draft = SimpleNamespace(
-        msd_draft={"msd_acceptance": None}, msd_tree_depth=5, msd_tree_top_k=1, msd_sizes=sizes,
-        msd_costs=costs,
+        msd_draft={"msd_acceptance": None}, msd_tree_depth=tree[0], msd_tree_top_k=tree[1],
+        msd_sizes=sizes, msd_costs=costs, msd_auto=None,
     )  # fmt: skip
     return SimpleNamespace(
         speculative_config=SimpleNamespace(
-            num_speculative_tokens=5, draft_model_config=SimpleNamespace(hf_config=draft)
+            num_speculative_tokens=5,
+            num_speculative_tokens_per_batch_size=[[1, 2, 5]],
+            draft_model_config=SimpleNamespace(hf_config=draft),
         ),
-        scheduler_config=SimpleNamespace(max_num_seqs=2),
+        scheduler_config=SimpleNamespace(max_num_seqs=2, async_scheduling=scheduling),
     )
 
 
@@ -94,8 +106,8 @@ class MovingScheduler(Scheduler):
     dynamic_sd_lookup = (0, 9, 9)
     num_spec_tokens = 5
 
-    def __init__(self, requests, **config):
-        super().__init__(requests)
+    def __init__(self, requests, v2=True, **config):
+        super().__init__(requests, v2)
         self.vllm_config = engine_config(**config)
 
     @request_drafts.wrap_schedule
@@ -104,6 +116,7 @@ class MovingScheduler(Scheduler):
         return SimpleNamespace(
             num_scheduled_tokens=dict.fromkeys(self.requests, 1),
             num_spec_tokens_to_schedule=self.dynamic_sd_lookup[count],
+            scheduled_spec_decode_tokens={name: [-1] for name in self.requests},
         )
 
     @scheduled_sizes.wrap_make_spec_decoding_stats
@@ -141,46 +154,141 @@ def test_what_a_grammar_forbids_was_not_drafted():
     assert noted == [(3, 1)]
 
 
-def test_where_no_steps_were_timed_all_are_drafted():
-    """As where vLLM has fallen back to Model Runner V1."""
-    scheduler = MovingScheduler({"a": request()}, costs=None)
+@pytest.mark.parametrize(("tree", "noted"), [((2, 2), [(5, 2)]), ((5, 1), [(5, 1), (5, 2)])])
+def test_a_chain_in_the_place_of_a_tree_says_nothing_about_trees(tree, noted):
+    scheduler = MovingScheduler({"a": request(penalty=0.5), "b": request()}, tree=tree)
+    scheduler.schedule()
+    found = []
+    scheduled_sizes.sizes_of(scheduler).rule.observe = lambda *counts: found.append(counts)
+    scheduler.make_spec_decoding_stats(None, 5, 1, None, "a")
+    scheduler.make_spec_decoding_stats(None, 5, 2, None, "b")
+    assert found == noted
+
+
+def test_the_log_tells_what_was_drafted_for_the_nodes_verified(monkeypatch):
+    """Two nodes of a tree that is two wide need one level, which proposes all five."""
+    said = []
+    monkeypatch.setattr(scheduled_sizes.envs, "VLLM_LOG_STATS_INTERVAL", 0.0)
+    monkeypatch.setattr(scheduled_sizes.logger, "info", said.append)
+    costs = ((1, 0, 0.1), (2, 0, 0.1), (1, 2, 0.1))
+    MovingScheduler({"a": request()}, tree=(2, 2), costs=costs).schedule()
+    assert said == [
+        "MSD drafted in 1 of 1 steps: 5.0 nodes a request, of which 2.0 were to be verified."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("v2", "reason"),
+    [(True, scheduled_sizes.UNTIMED), (False, scheduled_sizes.FALLEN_BACK)],
+    ids=["no room", "Model Runner V1"],
+)
+def test_where_no_steps_were_timed_all_are_drafted(monkeypatch, v2, reason):
+    said = []
+    monkeypatch.setattr(scheduled_sizes.logger, "info", said.append)
+    scheduler = MovingScheduler({"a": request()}, v2, costs=None)
     assert scheduler.schedule().num_spec_tokens_to_schedule == 5
     assert scheduler.dynamic_sd_lookup == [5, 5, 5]
+    assert said == [reason]
+
+
+@pytest.mark.parametrize(
+    ("v2", "scheduling", "counted"), [(True, False, 15), (False, True, 15), (False, False, 0)]
+)
+def test_drafts_are_counted_by_steps_where_no_worker_tells(v2, scheduling, counted):
+    """Model Runner V1's workers hand drafts over unless steps are scheduled asynchronously."""
+    scheduler = MovingScheduler({"a": request()}, v2, costs=None, scheduling=scheduling)
+    for _ in range(4):
+        scheduler.schedule()
+    count = drafted_nodes._count_of(scheduler)
+    assert count.total == counted
 
 
 class Executor:
-    """Workers whose steps take a second a row; one asks them all."""
+    """Workers whose steps take a second a thousand rows; one asks them all.
 
-    def __init__(self, room):
-        self.room, self.asked = room, []
+    Args:
+        room: requests that the cache has room for.
+        memory: rows that the device has memory for.
+        slow: what the first measurements take besides, one after the other.
+    """
+
+    def __init__(self, room, memory=math.inf, slow=()):
+        self.room, self.memory, self.asked, self.slow = room, memory, [], list(slow)
 
     def collective_rpc(self, method, args=()):
         if method.__name__ == "machine_of":
             return [{"gpu": "some"}, {"gpu": "other"}]
         self.asked.append(args)
         requests, nodes = args
-        found = 1e-3 * requests * (1 + nodes) if requests <= self.room else None
-        return [found, None]
+        if requests * (1 + nodes) > self.memory:
+            return [0.5, step_costs.OUT_OF_MEMORY]
+        found = seconds_of(*args) + (self.slow.pop(0) if self.slow else 0.0)
+        return [found if requests <= self.room else None, None]
 
 
-def measured(room=8, seconds=8.0, rows=64):
+def seconds_of(requests, nodes):
+    return 1e-3 * requests * (1 + nodes)
+
+
+def measured(room=8, seconds=8.0, rows=64, **executor):
     config = engine_config((0, 5))
     config.scheduler_config = SimpleNamespace(max_num_seqs=12, max_num_batched_tokens=rows)
-    executor = Executor(room)
+    executor = Executor(room, **executor)
     return scheduled_sizes.measure(executor, config, seconds), executor.asked
+
+
+# By rows. Without drafts up to the most requests; with five as many as a step has rows for.
+PLACES = [(1, 0), (2, 0), (4, 0), (1, 5), (8, 0), (12, 0), (2, 5), (4, 5), (8, 5)]
 
 
 def test_costs_are_those_of_the_first_rank_where_there_is_room():
     costs, asked = measured()
-    # By rows. Without drafts up to the most requests; with five as many as a step has rows for.
-    places = [(1, 0), (2, 0), (4, 0), (1, 5), (8, 0), (12, 0), (2, 5), (4, 5), (8, 5)]
-    assert asked == [(1, 5), *places]  # the first to warm up
-    assert costs.points == tuple((r, n, 1e-3 * r * (1 + n)) for r, n in places if r <= 8)
+    assert asked == [(1, 5), *PLACES, *PLACES]  # the first to warm up
+    assert costs.points == tuple((*place, seconds_of(*place)) for place in PLACES if place[0] <= 8)
     assert measured(rows=24)[1][-1] == (4, 5)
     assert measured(room=0)[0] is None
+
+
+def test_a_step_that_was_slow_once_is_not_dear():
+    """What the first pass over all points found slow, the second finds quick."""
+    costs, _ = measured(slow=[0.0, 0.2, 0.0, 0.3, 0.1])
+    assert costs.points == measured()[0].points
 
 
 def test_measuring_ends_when_its_time_is_over():
     """The first point is measured in any case, or there would be no costs."""
     costs, asked = measured(seconds=0.0)
     assert asked == [(1, 5), (1, 0)] and len(costs.points) == 1
+
+
+def test_measuring_ends_where_memory_does(monkeypatch):
+    said = []
+    monkeypatch.setattr(scheduled_sizes.logger, "warning", lambda *args: said.append(args[1:]))
+    costs, asked = measured(memory=12)
+    assert asked == [(1, 5), *PLACES[:8]]  # the last has 24 rows
+    assert [point[:2] for point in costs.points] == [p for p in PLACES[:7] if p[0] <= 8]
+    assert said == [(4, 5)]
+
+
+def test_a_step_without_memory_leaves_no_requests_behind(monkeypatch):
+    done = []
+
+    class Steps:
+        def __init__(self, worker, requests, nodes, context):
+            done.append((requests, nodes, context))
+
+        def first(self, positions):
+            raise torch.OutOfMemoryError("of 80 GiB")
+
+        def finish(self):
+            done.append("finished")
+
+    monkeypatch.setattr(step_costs, "_Steps", Steps)
+    monkeypatch.setattr(step_costs, "_context", lambda *_: 7)
+    runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(num_lookahead_tokens=5),
+        kv_connector=SimpleNamespace(set_disabled=done.append),
+    )
+    found = step_costs.time_steps(SimpleNamespace(model_runner=runner), 3, 2)
+    assert found == step_costs.OUT_OF_MEMORY
+    assert done == [(3, 2, 7), True, "finished", False]

@@ -98,11 +98,11 @@ def configure_all(pair, **keys):
     ).create_engine_config()
 
 
-def with_graphs(pair, keys, seqs=1024, **compilation):
+def with_graphs(pair, keys, seqs=1024, max_tokens=8192, **compilation):
     """The engine's config as on a device with CUDA graphs, whose sizes a CPU throws away."""
     config = configure_all(pair, **keys)
     config.scheduler_config.max_num_seqs = seqs
-    config.scheduler_config.max_num_batched_tokens = 8192
+    config.scheduler_config.max_num_batched_tokens = max_tokens
     graphs = config.compilation_config
     graphs.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     graphs.cudagraph_capture_sizes = compilation.get("sizes")
@@ -130,8 +130,9 @@ def test_capture_sizes_follow_every_size_of_a_schedule(pair):
     assert {25, 50, 75, 100, *(8 * n for n in (1, 2, 5, 8, 10, 12, 16)), 64} <= sizes
 
 
-def test_graphs_for_sizes_that_move(pair, monkeypatch):
-    """Each size has graphs of every number of requests up to 256, no other's; chains as trees."""
+@pytest.fixture
+def no_device(monkeypatch):
+    """Managers of CUDA graphs can be made, and say what they would capture."""
     from vllm.v1.worker.gpu import cudagraph_utils
 
     everywhere = SimpleNamespace(is_first_rank=True, is_last_rank=True)
@@ -139,17 +140,46 @@ def test_graphs_for_sizes_that_move(pair, monkeypatch):
     monkeypatch.setattr(
         cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None)
     )
+
+
+def speculator_of(config, cls, **attributes):
+    """A speculator with its managers of graphs and nothing else."""
+    speculator = object.__new__(cls)
+    speculator.vllm_config, speculator.device = config, "cpu"
+    speculator.num_speculative_steps = config.num_speculative_tokens
+    speculator.max_num_reqs = config.scheduler_config.max_num_seqs
+    speculator.supports_decode_metadata_update = True
+    vars(speculator).update(attributes)
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    return speculator
+
+
+def graphs_of(manager):
+    return manager._capture_descs[CUDAGraphMode.FULL]
+
+
+@pytest.mark.usefixtures("no_device")
+def test_graphs_for_sizes_that_move(pair, monkeypatch):
+    """Each size has graphs of every number of requests up to 256, no other's."""
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    from vllm_msd.vllm_plugin.gpu.chain_speculator import ChainSpeculator
+
     monkeypatch.setattr(auto_sizes, "runs_v2", lambda: True)
     config = with_graphs(pair, {}, seqs=256)
     assert drafted_by_requests(config) == dict.fromkeys(range(1, 257), (0, 1, 2, 3, 5))
-    manager = cudagraph_utils.CudaGraphManager(
+    manager = CudaGraphManager(
         config, "cpu", CUDAGraphMode.FULL_AND_PIECEWISE, config.num_speculative_tokens + 1
     )
-    found = {}
-    for desc in manager._capture_descs[CUDAGraphMode.FULL]:
-        found.setdefault(desc.uniform_token_count, []).append(desc.num_reqs)
-    assert set(found) == {1, 2, 3, 4, 6}
-    assert all(sorted(counts) == list(MANY_REQUESTS) for counts in found.values())
+    speculator = speculator_of(config, ChainSpeculator)
+    for of_steps in (manager, speculator.prefill_cudagraph_manager):
+        found = {}
+        for desc in graphs_of(of_steps):
+            found.setdefault(desc.uniform_token_count, []).append(desc.num_reqs)
+        assert set(found) == {1, 2, 3, 4, 6}
+        assert all(sorted(counts) == list(MANY_REQUESTS) for counts in found.values())
+    levels = graphs_of(speculator.decode_cudagraph_manager)
+    assert sorted(desc.num_reqs for desc in levels) == list(MANY_REQUESTS)
     # A batch between two of them pads the next one of its own kind.
     monkeypatch.setattr(manager, "_graphs_captured", True)
     for requests, rows, padded in ((9, 4, 10), (33, 6, 40), (200, 1, 224), (256, 6, 256)):
@@ -157,17 +187,55 @@ def test_graphs_for_sizes_that_move(pair, monkeypatch):
         assert (desc.num_reqs, desc.uniform_token_count) == (padded, rows)
 
 
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("seqs", [256, 1024])
+@pytest.mark.parametrize(
+    ("sizes", "at_once", "max_tokens"),
+    [((16, 6, 3), 147, 8192), ((60, 6, 10), 44, 8192), ((60, 6, 10), 209, 2048)],
+    ids=str,
+)
+def test_graphs_of_trees_whose_sizes_move(tree_pair, monkeypatch, sizes, at_once, max_tokens, seqs):
+    """No more requests than the draft's buffers hold, all numbers of levels, and few graphs."""
+    from vllm_msd.vllm_plugin.gpu.speculator import TreeSpeculator
+
+    monkeypatch.setattr(auto_sizes, "runs_v2", lambda: True)
+    path = Path(tree_pair.draft) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tree(*sizes)))
+    config = with_graphs(tree_pair, {}, seqs=seqs, max_tokens=max_tokens)
+    shape = settings.tree_config(config).shape
+    speculator = speculator_of(
+        config,
+        TreeSpeculator,
+        shape=shape,
+        compact=SimpleNamespace(width=shape.depth + 2),
+        requests_at_once=at_once,
+    )
+    most = min(at_once, max_tokens // shape.top_k)
+    rounds = graphs_of(speculator.decode_cudagraph_manager)
+    counts = sorted({desc.num_reqs for desc in rounds})
+    assert counts == [*(n for n in MANY_REQUESTS if n < most), most]
+    levels = shape.levels_of(settings.scheduled_sizes(config))
+    assert len(rounds) == len({(desc.num_reqs, desc.levels) for desc in rounds})
+    assert len(rounds) == len(counts) * len(levels) <= 27 * 5
+    assert max(desc.num_tokens for desc in rounds) <= max_tokens
+    # A round of as many requests as fit at once has a graph, and no larger one.
+    manager = speculator.decode_cudagraph_manager
+    manager.graphs, manager._graphs_captured = dict.fromkeys(rounds), True
+    assert manager.of_round(most, shape.depth).num_reqs == most
+    assert manager.of_round(most + 1, shape.depth).cg_mode == CUDAGraphMode.NONE
+    # After steps of few nodes the draft's prefill is vLLM's own.
+    compact = graphs_of(speculator.compact_cudagraph_manager)
+    assert max(desc.num_tokens for desc in compact) <= max_tokens
+    assert {*range(1, 9)} <= {desc.num_reqs for desc in compact}
+    assert len(compact) <= len(MANY_REQUESTS) + 1
+    assert len(graphs_of(speculator.prefill_cudagraph_manager)) <= 6 * (len(MANY_REQUESTS) + 3)
+
+
+@pytest.mark.usefixtures("no_device")
 def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monkeypatch):
     """One for each number that a batch, padded to the graph's, can ask for; none for none."""
-    from vllm.v1.worker.gpu import cudagraph_utils
-
     from vllm_msd.vllm_plugin.gpu.tree_graphs import RoundDescriptor, TreeCudaGraphManager
 
-    everywhere = SimpleNamespace(is_first_rank=True, is_last_rank=True)
-    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: everywhere)
-    monkeypatch.setattr(
-        cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None)
-    )
     schedule = {"num_speculative_tokens_per_batch_size": [[1, 5, 24], [6, 16, 3], [17, 64, 0]]}
     sizes = [25, 50, 100, 200, 400, 1600]
     config = with_graphs(pair, tree(24, 5, 6) | schedule, seqs=64, sizes=sizes)
@@ -178,7 +246,12 @@ def test_graphs_of_rounds_have_the_levels_that_their_batches_ask_for(pair, monke
     ]  # fmt: skip
     levels = {n: shape.levels_of(nodes) for n, nodes in drafted.items()}
     manager = TreeCudaGraphManager(
-        config, "cpu", CUDAGraphMode.FULL_DECODE_ONLY, shape.top_k, levels
+        config,
+        "cpu",
+        CUDAGraphMode.FULL_DECODE_ONLY,
+        shape.top_k,
+        most_requests=64,
+        levels=levels,
     )
     descs = manager._capture_descs[CUDAGraphMode.FULL]
     found = {(d.num_reqs, d.levels) for d in descs}

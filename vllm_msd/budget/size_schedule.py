@@ -23,7 +23,7 @@ PLANNED_FOR = 16  # steps between two looks at what was accepted
 MARGIN = 1.02  # a gain below 2 % is less than what the costs are known to
 PROBE_EVERY = 128  # steps, while something is drafted
 FIRST_PROBE, LAST_PROBE = 16, 512  # steps, while nothing is
-REMEMBERED = 32.0  # verifications, while nothing is drafted: the rest is from another time
+REMEMBERED = 32.0  # verifications, where there are none now: the rest is from another time
 
 
 class SizeSchedule:
@@ -31,7 +31,8 @@ class SizeSchedule:
 
     Args:
         shape: the largest tree (or chain).
-        sizes: numbers of nodes to choose from, rising, the first 0.
+        sizes: numbers of nodes to choose from, rising, the first 0. Those without costs are never
+            taken.
         costs: of the machine.
         most_requests: that a step has.
         prior: what to expect before anything was verified.
@@ -50,26 +51,35 @@ class SizeSchedule:
         self.sizes = np.array(sizes)
         self.accepted = AcceptedTokens(shape, prior)
         requests = np.arange(1, most_requests + 1)
-        self._seconds = costs.seconds(requests, sizes)
+        seconds = costs.seconds(requests, sizes)
+        measured = np.isfinite(seconds).all(axis=0)  # none at all always is
+        self.sizes, self._seconds = self.sizes[measured], seconds[:, measured]
         self._requests = requests[:, None]
         self._chosen = np.zeros(most_requests, dtype=np.int64)  # places in `sizes`
         self._table, self._probes = self._plan()
         self._planned = PLANNED_FOR
         self._until_probe, self._interval = FIRST_PROBE, FIRST_PROBE
         self._last = 0  # nodes that a step of as many requests as the last one has, probes aside
+        self._verified = False  # whether anything was, since the last look
 
     def table(self) -> list[int]:
         """The next step's nodes by requests, ``[most_requests + 1]``; index 0 is unused."""
         return self._probes if self._until_probe <= 0 else self._table
 
-    def scheduled(self, requests: int) -> None:
-        """A step of so many requests, from 1 on, has been scheduled by `table`."""
+    def scheduled(self, requests: int, drafted: int) -> None:
+        """A step of so many requests, from 1 on, has been scheduled by `table`.
+
+        Args:
+            drafted: nodes for each of them; none where nobody wants any, whatever the table says.
+        """
         self._last = self._table[requests]
-        if self._until_probe <= 0:
-            self._until_probe = self._interval if self._last == 0 else PROBE_EVERY
-            self._interval = min(2 * self._interval, LAST_PROBE) if self._last == 0 else FIRST_PROBE
-        elif self._last != self._probes[requests]:
-            self._until_probe -= 1
+        if self._last != self._probes[requests]:  # else this step can be no probe
+            if self._until_probe > 0:
+                self._until_probe -= 1
+            elif drafted:
+                none = self._last == 0
+                self._until_probe = self._interval if none else PROBE_EVERY
+                self._interval = min(2 * self._interval, LAST_PROBE) if none else FIRST_PROBE
         self._planned -= 1
         if self._planned <= 0:
             self._planned = PLANNED_FOR
@@ -77,6 +87,7 @@ class SizeSchedule:
 
     def observe(self, nodes: int, accepted: int) -> None:
         """Take note of one request's verification, see `AcceptedTokens.observe`."""
+        self._verified = True
         self.accepted.observe(nodes, accepted)
 
     def rates(self) -> Array:
@@ -100,11 +111,12 @@ class SizeSchedule:
 
     def _look_again(self) -> None:
         accepted, expected = self.accepted.learn()
-        if self._last == 0:
+        if not self._verified:
             self.accepted.forget(REMEMBERED)
-            if accepted > 2 * expected:  # the draft fits again: the next probe comes soon
-                self._interval = FIRST_PROBE
-                self._until_probe = min(self._until_probe, FIRST_PROBE)
+        self._verified = False
+        if self._last == 0 and accepted > 2 * expected:  # it fits again: the next probe comes soon
+            self._interval = FIRST_PROBE
+            self._until_probe = min(self._until_probe, FIRST_PROBE)
         self._table, self._probes = self._plan()
 
     def _plan(self) -> tuple[list[int], list[int]]:
@@ -119,6 +131,7 @@ class SizeSchedule:
         stays = (own * MARGIN >= rates[rows, best]) & (own >= none)
         self._chosen = np.where(stays, self._chosen, best)
         # The next larger size; without drafts the one that would come first.
-        larger = np.minimum(self._chosen + 1, len(self.sizes) - 1)
-        probes = np.where(self._chosen == 0, rates[:, 1:].argmax(axis=1) + 1, larger)
+        probes = np.minimum(self._chosen + 1, len(self.sizes) - 1)
+        if len(self.sizes) > 1:
+            probes = np.where(self._chosen == 0, rates[:, 1:].argmax(axis=1) + 1, probes)
         return [0, *self.sizes[self._chosen].tolist()], [0, *self.sizes[probes].tolist()]

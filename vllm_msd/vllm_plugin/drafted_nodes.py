@@ -1,8 +1,9 @@
 """How many nodes were drafted, on its way to the Prometheus series, where that varies by step.
 
 vLLM's figures of a step come from its scheduler, which sees what is verified. Under Model Runner V1
-the worker says how many nodes it drafted, with the drafts. Under Model Runner V2 it drafts as many
-for each request as the scheduler told it to. The sum goes to the front end as one more entry behind
+the worker says how many nodes it drafted, with the drafts. Under Model Runner V2, and where V1 is
+scheduled asynchronously as it is on GPUs, it drafts as many for each request as the scheduler told
+it to. The sum goes to the front end as one more entry behind
 `SpecDecodingStats.num_draft_tokens_per_pos`, which nothing in vLLM reads: the figures are sent
 field by field, so there is no other place for it.
 """
@@ -34,7 +35,7 @@ class DraftedCount:
 
     Attributes:
         total: of all requests.
-        each: for a request in the step scheduled last, under Model Runner V2.
+        each: for a request in the step scheduled last, where the scheduler says it.
     """
 
     total: int = 0
@@ -47,7 +48,7 @@ def drafted_in(stats: SpecDecodingStats) -> int:
 
 
 def nodes_drafted(vllm_config: VllmConfig, wanted: int) -> int:
-    """Nodes that Model Runner V2 drafts for a request where the scheduler wants so many."""
+    """Nodes that are drafted for a request where the scheduler wants so many."""
     tree = tree_config(vllm_config)
     if wanted == 0 or tree.is_chain:
         return wanted
@@ -55,7 +56,7 @@ def nodes_drafted(vllm_config: VllmConfig, wanted: int) -> int:
 
 
 def note_scheduled(scheduler: Any, output: Any) -> None:
-    """Count what was drafted for the trees that a step verifies; called under Model Runner V2.
+    """Count what was drafted for the trees that a step verifies, where the scheduler says it.
 
     Args:
         scheduler: vLLM's, of an MSD engine.

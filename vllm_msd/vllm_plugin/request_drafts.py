@@ -28,7 +28,10 @@ def wrap_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, throttle_prefills)
         sizes = sizes_of(self)
         if not self.use_v2_model_runner:
-            return original(self, throttle_prefills)
+            output = original(self, throttle_prefills)
+            if self.vllm_config.scheduler_config.async_scheduling:
+                note_scheduled(self, output)  # workers hand no drafts over
+            return output
         if sizes is not None:
             self.dynamic_sd_lookup = sizes.rule.table()
         cut_drafts(self.running)

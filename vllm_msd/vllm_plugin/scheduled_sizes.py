@@ -28,10 +28,18 @@ from vllm_msd.vllm_plugin.configuration.tree_settings import (
     scheduled_sizes,
     tree_config,
 )
+from vllm_msd.vllm_plugin.drafted_nodes import nodes_drafted
 from vllm_msd.vllm_plugin.kept_costs import keep, table_path
 from vllm_msd.vllm_plugin.tally import Tally
+from vllm_msd.vllm_plugin.trees.constrained import needs_chain
 
 SECONDS = 8.0  # of measuring
+UNTIMED = "MSD: the sizes are the draft's own. No steps were timed here."
+FALLEN_BACK = (
+    "MSD: the sizes are the draft's own, as vLLM takes Model Runner V1 here. If it warned of "
+    "dynamic speculative decoding and took PIECEWISE CUDA graphs, that was for sizes left to the "
+    "plugin: give num_speculative_tokens for full graphs."
+)
 _SIZES = "msd_sizes"  # where a scheduler keeps its `ScheduledSizes`, or None
 
 logger = init_logger("vllm.vllm_msd")
@@ -40,8 +48,9 @@ logger = init_logger("vllm.vllm_msd")
 class ScheduledSizes:
     """A scheduler's sizes. ``rule``: decides them."""
 
-    def __init__(self, rule: SizeSchedule) -> None:
-        self.rule = rule
+    def __init__(self, rule: SizeSchedule, vllm_config: Any) -> None:
+        self.rule, self._config = rule, vllm_config
+        self._trees = not tree_config(vllm_config).is_chain
         self._tally = Tally(logger.info, float(envs.VLLM_LOG_STATS_INTERVAL))
 
     def scheduled(self, output: Any) -> None:
@@ -49,8 +58,16 @@ class ScheduledSizes:
         requests = len(output.num_scheduled_tokens)
         if requests:
             drafted = output.num_spec_tokens_to_schedule
-            self.rule.scheduled(requests)
-            self._tally.add(drafted, [drafted] * requests)
+            self.rule.scheduled(requests, drafted)
+            self._tally.add(nodes_drafted(self._config, drafted), [drafted] * requests)
+
+    def verified(self, request: Any, drafts: int, accepted: int) -> None:
+        """Take note of a request's verification.
+
+        Where trees are drafted, a request that needs a chain says nothing about them.
+        """
+        if not (self._trees and needs_chain(request.sampling_params)):
+            self.rule.observe(drafts, accepted)
 
 
 def sizes_of(scheduler: Any) -> ScheduledSizes | None:
@@ -62,11 +79,11 @@ def sizes_of(scheduler: Any) -> ScheduledSizes | None:
         config, sizes = scheduler.vllm_config, None
         if is_msd_config(config.speculative_config) and scheduled_sizes(config):
             if _costs(config) is not None:
-                sizes = ScheduledSizes(make_rule(config))
+                sizes = ScheduledSizes(make_rule(config), config)
             else:  # the schedule is no user's
                 most = scheduler.num_spec_tokens
                 scheduler.dynamic_sd_lookup = [most] * len(scheduler.dynamic_sd_lookup)
-                logger.info("MSD: the sizes are the draft's own. No steps were timed here.")
+                logger.info(UNTIMED if scheduler.use_v2_model_runner else FALLEN_BACK)
         setattr(scheduler, _SIZES, sizes)
     return getattr(scheduler, _SIZES)
 
@@ -117,7 +134,8 @@ def wrap_make_spec_decoding_stats(original: Callable[..., Any]) -> Callable[...,
         sizes: ScheduledSizes | None = getattr(self, _SIZES, None)
         if sizes is not None and num_draft_tokens:
             invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-            sizes.rule.observe(num_draft_tokens - invalid, num_accepted_tokens)
+            request = self.requests[request_id]
+            sizes.verified(request, num_draft_tokens - invalid, num_accepted_tokens)
         return original(
             self,
             spec_decoding_stats,
@@ -145,9 +163,10 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
         keep(costs, key)
     vllm_config.speculative_config.draft_model_config.hf_config.msd_costs = costs.points
     logger.info(
-        "MSD drafts what pays: %s. Costs (%s): %s. Nodes to begin with, by requests: %s.",
+        "MSD drafts what pays: %s. Costs (%s, in %s): %s. Nodes to begin with, by requests: %s.",
         tree_config(vllm_config).in_words,
         origin,
+        table_path(key),
         costs.gist(),
         make_rule(vllm_config).gist(),
     )
@@ -155,6 +174,9 @@ def prepare_costs(executor: Any, vllm_config: Any) -> None:
 
 def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCosts | None:
     """Time steps of all sizes, small ones first, for about so long.
+
+    Where time is left, all of them once more: the quicker one counts, as the rest was noise.
+    Measuring ends early where the device has no memory for a step.
 
     Args:
         executor: of the workers.
@@ -164,35 +186,41 @@ def measure(executor: Any, vllm_config: Any, seconds: float = SECONDS) -> SizeCo
     Returns:
         None where there is no room for made-up requests.
     """
-    from vllm_msd.vllm_plugin.gpu.step_costs import TIMED, WARM_UP, time_steps
+    from vllm_msd.vllm_plugin.gpu.step_costs import OUT_OF_MEMORY, TIMED, WARM_UP, time_steps
 
     def timed(requests: int, nodes: int) -> float | None:
-        return executor.collective_rpc(time_steps, args=(requests, nodes))[0]
+        ranks = executor.collective_rpc(time_steps, args=(requests, nodes))
+        return OUT_OF_MEMORY if OUT_OF_MEMORY in ranks else ranks[0]
 
-    timed(1, max(scheduled_sizes(vllm_config)))
-    until = time.perf_counter() + seconds
     scheduler = vllm_config.scheduler_config
-    most = scheduler.max_num_seqs
+    sizes, most = scheduled_sizes(vllm_config), scheduler.max_num_seqs
     counts = sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
     places = [
         (requests, nodes)
-        for nodes in scheduled_sizes(vllm_config)
+        for nodes in sizes
         for requests in counts
         if requests * (1 + nodes) <= scheduler.max_num_batched_tokens
     ]
     # Where time is short, all sizes are known for few requests.
     places.sort(key=lambda place: (place[0] * (1 + place[1]), place[1]))
-    points: list[tuple[int, int, float]] = []
+    timed(1, max(sizes))
+    until = time.perf_counter() + seconds
+    best: dict[tuple[int, int], float] = {}
     took, rows_then = 0.0, 1
-    for requests, nodes in places:
+    for requests, nodes in 2 * places:
         rows = requests * (1 + nodes)
-        expected = (2 + WARM_UP + TIMED) * took * max(1.0, rows / rows_then)
-        if points and time.perf_counter() + expected > until:
+        known = best.get((requests, nodes), took * max(1.0, rows / rows_then))
+        if best and time.perf_counter() + (2 + WARM_UP + TIMED) * known > until:
             continue
         found = timed(requests, nodes)
+        if found == OUT_OF_MEMORY:
+            text = "MSD: no memory for a step of %d requests with %d drafts each; costs end there."
+            logger.warning(text, requests, nodes)
+            break
         if found is not None:
-            points.append((requests, nodes, found))
+            best[requests, nodes] = min(found, best.get((requests, nodes), found))
             took, rows_then = found, rows
+    points = [(*place, spent) for place, spent in best.items()]
     return SizeCosts.of(points) if any(nodes == 0 for _, nodes, _ in points) else None
 
 

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from tests.common.fp32_engine import scheduler_of
 
 
+def draft_of_trees(draft: str, folder: Path, nodes: int, depth: int, top_k: int) -> str:
+    """The same draft in a folder of its own, as one that prefers trees."""
+    config = json.loads((Path(draft) / "config.json").read_text())
+    sizes = {"num_speculative_tokens": nodes, "tree_depth": depth, "tree_top_k": top_k}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    (folder / "model.safetensors").symlink_to(Path(draft) / "model.safetensors")
+    return str(folder)
+
+
 @contextmanager
-def left_to_the_plugin(best: list[int]) -> Iterator[None]:
+def left_to_the_plugin(best: list[int], measured: bool = False) -> Iterator[list[Any]]:
     """Engines opened inside find that nodes cost little up to some number, and much beyond it.
 
     Args:
         best: that number for 1, 2, ... requests, falling; each one a size to choose from.
+        measured: measure what steps cost nevertheless; the points go to the list.
     """
     from vllm_msd.budget import SizeCosts
     from vllm_msd.vllm_plugin import scheduled_sizes
 
+    measure, points = scheduled_sizes.measure, []
+
     def costs(executor: Any, vllm_config: Any) -> SizeCosts:
+        if measured:
+            points.extend(measure(executor, vllm_config).points)
         sizes = scheduled_sizes.scheduled_sizes(vllm_config)
         assert set(best) <= set(sizes), (best, sizes)
         return SizeCosts.of(
@@ -36,7 +53,7 @@ def left_to_the_plugin(best: list[int]) -> Iterator[None]:
         mock.patch.dict(os.environ, {"VLLM_CACHE_ROOT": root}),
         mock.patch.object(scheduled_sizes, "measure", costs),
     ):
-        yield
+        yield points
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_msd.vllm_plugin.configuration.tree_settings import (
@@ -124,27 +124,38 @@ def thin_out(
     """Leave out graphs of numbers of requests that a slightly larger one can take as well.
 
     vLLM rounds each size that it captures to each number of rows that a request may have: with
-    six numbers, six graphs for each. Those of `MANY_REQUESTS` stay, those of more requests, and the
-    largest of each kind.
+    six numbers, six graphs for each. Those that `worth_a_graph` names stay.
 
     Args:
         candidates, captured: as in `add_larger_graphs`, which fills the gaps.
     """
-    largest: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], set[int]] = {}
     every = [desc for descs in captured.values() for desc in descs]
     for desc in every:
         if desc.uniform_token_count is not None:
             kind = desc.num_active_loras, desc.uniform_token_count
-            largest[kind] = max(largest.get(kind, 0), desc.num_reqs)
-
-    def stays(desc: Any) -> bool:
-        requests, rows = desc.num_reqs, desc.uniform_token_count
-        if rows is None or requests in MANY_REQUESTS or requests > MANY_REQUESTS[-1]:
-            return True
-        return requests == largest[desc.num_active_loras, rows]
-
+            counts.setdefault(kind, set()).add(desc.num_reqs)
+    kept = {kind: worth_a_graph(found) for kind, found in counts.items()}
     for descs in (*captured.values(), *candidates.values()):
-        descs[:] = [desc for desc in descs if stays(desc)]
+        descs[:] = [
+            desc
+            for desc in descs
+            if (rows := desc.uniform_token_count) is None
+            or desc.num_reqs in kept[desc.num_active_loras, rows]
+        ]
+
+
+def worth_a_graph(counts: Iterable[int]) -> set[int]:
+    """Of these numbers of requests (at least one) those of `MANY_REQUESTS`, multiples of 64 beyond
+    them, and the largest."""
+    found = set(counts)
+    beyond = {n for n in found if n > MANY_REQUESTS[-1] and n % 64 == 0}
+    return found.intersection(MANY_REQUESTS) | beyond | {max(found)}
+
+
+def thinned(vllm_config: VllmConfig, counts: set[int]) -> set[int]:
+    """Numbers of requests to capture, of these: fewer where `thin_out` leaves some out."""
+    return worth_a_graph(counts) if counts and _moves(vllm_config) else counts
 
 
 def add_larger_graphs(

@@ -127,10 +127,21 @@ class TreeSpeculator(ChainSpeculator):
         drafted = drafted_by_requests(self.vllm_config)
         levels = {n: self.shape.levels_of(nodes) for n, nodes in drafted.items()}
         self.decode_cudagraph_manager = TreeCudaGraphManager(
-            self.vllm_config, self.device, mode, self.shape.top_k, levels
+            self.vllm_config,
+            self.device,
+            mode,
+            self.shape.top_k,
+            most_requests=self.requests_at_once,
+            levels=levels,
         )
+        width = self.compact.width
         self.compact_cudagraph_manager = TreeCudaGraphManager(
-            self.vllm_config, self.device, mode, self.compact.width
+            self.vllm_config,
+            self.device,
+            mode,
+            width,
+            most_requests=self.max_num_reqs,
+            least_rows=width,
         )
 
     @override

@@ -7,6 +7,7 @@ each other as they do while serving, and the clock stops when the device has don
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_msd.provenance import machine
 CONTEXT = 1024  # rows that each made-up request has behind it, where the cache has room for them
 WARM_UP, TIMED = 1, 4  # steps
 TOKEN = 1  # of prompts whose text does not matter
+OUT_OF_MEMORY = math.inf  # in the place of seconds
 
 
 def machine_of(worker: Any) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def time_steps(worker: Any, requests: int, nodes: int) -> float | None:
     Called on every rank at once.
 
     Returns:
-        None where the model's length or the cache leaves no room for such steps.
+        None where the model's length or the cache leaves no room for such steps, and
+        `OUT_OF_MEMORY` where the device has none. Ranks are alike, so it strikes all of them.
     """
     runner = worker.model_runner
     rows = (1 + WARM_UP + TIMED) * (1 + nodes) + runner.vllm_config.num_lookahead_tokens
@@ -52,6 +55,8 @@ def time_steps(worker: Any, requests: int, nodes: int) -> float | None:
             steps.next()
         _wait()
         return (time.perf_counter() - started) / TIMED
+    except torch.OutOfMemoryError:
+        return OUT_OF_MEMORY
     finally:
         steps.finish()
         runner.kv_connector.set_disabled(False)

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm_msd.vllm_plugin.configuration.capture_sizes import requests_by_rows
+from vllm_msd.vllm_plugin.configuration.capture_sizes import requests_by_rows, thinned
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,17 @@ class RoundDescriptor(BatchExecutionDescriptor):
 class TreeCudaGraphManager(SpeculatorCudaGraphManager):
     """Captures a pass over R requests in one graph, for each R that the target has a graph of.
 
-    So after a replay of the target's, one of these fits. A smaller batch pads the next larger one.
-    ``decode_query_len`` is how many rows a request has.
+    So after a replay of the target's, one of these fits, up to the most requests that the pass
+    takes at once. A smaller batch pads the next larger one. ``decode_query_len`` is how many rows a
+    request has.
 
     With ``levels`` the pass is a whole drafting round, of as many levels as a batch of so many
     requests asks for: it is handed them as ``num_speculative_steps``. A graph is captured for each
-    number that a batch which it takes can ask for, mostly one.
+    number that a batch which it takes can ask for.
 
     Args:
+        most_requests: that the pass's buffers hold.
+        least_rows: that the target has for a request in a step before this pass.
         levels: by number of requests, all numbers of levels that they can ask for; None for a
             pass that knows no levels.
     """
@@ -48,9 +51,15 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
         device: torch.device,
         cudagraph_mode: CUDAGraphMode,
         decode_query_len: int,
+        *,
+        most_requests: int,
+        least_rows: int = 1,
         levels: Mapping[int, Set[int]] | None = None,
     ) -> None:
         self.levels = levels
+        rows = vllm_config.scheduler_config.max_num_batched_tokens  # of the draft's buffers
+        self.most_requests = min(most_requests, rows // decode_query_len)
+        self.least_rows = least_rows
         super().__init__(vllm_config, device, cudagraph_mode, decode_query_len)
 
     @override
@@ -60,17 +69,15 @@ class TreeCudaGraphManager(SpeculatorCudaGraphManager):
         if not (self.cudagraph_mode and sizes):
             return
         width, limit = self.decode_query_len, self.compilation_config.max_cudagraph_capture_size
-        counts = sorted(
-            {
-                r // rows
-                for rows in requests_by_rows(self.vllm_config)
-                for s in sizes
-                if (r := round_up(s, rows)) <= min(self.max_num_reqs * rows, limit)
-            }
-        )
+        counts: set[int] = set()
+        for rows in requests_by_rows(self.vllm_config):
+            if rows >= self.least_rows:
+                most = min(self.max_num_reqs * rows, limit)
+                counts |= {r // rows for s in sizes if (r := round_up(s, rows)) <= most}
+        counts = {min(n, self.most_requests) for n in thinned(self.vllm_config, counts)} - {0}
         descs: list[BatchExecutionDescriptor] = []
         smaller = 0
-        for n in counts:
+        for n in sorted(counts):
             desc = BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.FULL,
                 num_tokens=n * width,
