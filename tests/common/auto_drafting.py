@@ -133,12 +133,6 @@ def auto_drafting(runner: str, target: str, draft: str, wrong_draft: str) -> dic
         plain, plain_alone = answers(engine), one_by_one(engine, 100)
     report: dict[str, Any] = {"cases": {}}
 
-    def use(drafter: Any, shape: Any, table: Any) -> None:
-        """These costs, whatever steps really take."""
-        drafter.use(shape, table)
-        for learned in drafter.costs.values():
-            learned.observe_step = learned.observe_draft = lambda *_: None
-
     def case(name: str, engine: Any, watch: Watch) -> None:
         before = acceptance(engine)
         same = answers(engine) == plain
@@ -158,11 +152,11 @@ def auto_drafting(runner: str, target: str, draft: str, wrong_draft: str) -> dic
         chain, tree = drafter.shapes[-1], drafter.shapes[0]
         for name, shape in (("chain", chain), ("tree", tree)):
             cheap = costs(0.1, 0.001, 0.0002, 0.004, 0.004)
-            use(drafter, shape, cheap)
+            drafter.use(shape, cheap)
             case(f"{name}, cheap rows", engine, watch)
-            use(drafter, shape, costs(0.002, 0.001, 0.3, 0.004, 0.1))
+            drafter.use(shape, costs(0.002, 0.001, 0.3, 0.004, 0.1))
             case(f"{name}, dear rows", engine, watch)
-            use(drafter, shape, cheap)
+            drafter.use(shape, cheap)
             drafter.chooser = ScriptedDepth((8,), shape.depth)
             one_by_one(engine, 40)
             always = watch.take()["tokens"]

@@ -13,7 +13,6 @@ from vllm_msd.budget import (
     Calibration,
     CostTable,
     DepthChooser,
-    LearnedCosts,
     prefix_lengths,
 )
 from vllm_msd.budget.costs import GREEDY
@@ -38,13 +37,12 @@ def costs(step: float, request: float, row: float, prefill: float, level: float)
 class World:
     """``truth`` maps a level's own probability to its chance of being accepted.
 
-    ``way``: of drawing, which has a cost for each row. ``noise``: of a step's seconds, as a share.
+    ``way``: of drawing, which has a cost for each row.
     """
 
     costs: CostTable
     truth: Callable[[np.ndarray], np.ndarray]
     way: str = GREEDY
-    noise: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def draft(self, requests: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,8 +59,7 @@ class World:
 
     def step_seconds(self, requests: int, rows: int) -> float:
         """Of the target."""
-        drawing = self.costs.row_seconds(self.way) * rows
-        return float(self.costs.step_seconds(requests, rows)) + drawing
+        return float(self.costs.drawn(self.way).step_seconds(requests, rows))
 
     def fixed(self, length: int, requests: int, steps: int) -> float:
         """Tokens per second of a chain of this length."""
@@ -83,14 +80,14 @@ class Step:
 
 
 class Auto:
-    """The budget rule in a world, step by step; ``table``: the costs that it was told."""
+    """The budget rule in a world, step by step."""
 
-    def __init__(self, world: World, table: CostTable | None = None) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self.calibration = Calibration()
-        table = table or world.costs
+        table = world.costs
         ways = (GREEDY, *(way for way, _ in table.drawing))
-        self.costs = {way: LearnedCosts(table, way) for way in ways}
+        self.costs = {way: table.drawn(way) for way in ways}
         self.chooser = DepthChooser(SHAPE, self.calibration)
 
     def run(self, load: Sequence[int]) -> list[Step]:
@@ -116,19 +113,8 @@ class Auto:
             expected = sum(self.calibration.worth(p).sum() for p, _ in verified)
             self.chooser.probed(expected, accepted)
         self.calibration.observe(*(np.concatenate(x) for x in zip(*verified, strict=True)))
-        seconds = self._spend(requests, requests + sum(lengths), plan.depth)
+        seconds = self.world.seconds(requests, sum(lengths), plan.depth)
         return Step(requests, plan.depth, sum(lengths), requests + accepted, seconds)
-
-    def _spend(self, requests: int, rows: int, depth: int) -> float:
-        """Seconds of the step, which the costs get to see."""
-        world, costs = self.world, self.costs[self.world.way]
-        spread = np.exp(world.noise * world.rng.standard_normal(2))
-        step = world.step_seconds(requests, rows)
-        draft = float(world.costs.draft_seconds(requests, rows, depth))
-        costs.observe_step(requests, rows, spread[0] * step)
-        if depth:
-            costs.observe_draft(requests, rows, depth, spread[1] * draft)
-        return step + draft
 
 
 def rate(steps: Sequence[Step]) -> float:

@@ -1,8 +1,7 @@
 """How much to draft: the budget of drafted nodes that makes a whole step the fastest.
 
-``costs.py`` is what a step takes, measured or by arithmetic; ``learned.py`` sets that against what
-steps really took; ``worth.py`` is what a node is worth, its path probability against what was
-accepted; ``rule.py`` weighs the one against the other for all
+``costs.py`` is what a step takes, measured or by arithmetic; ``worth.py`` what a node is worth, its
+path probability set against what was accepted; ``rule.py`` weighs the one against the other for all
 requests of a step; ``depth.py`` decides how deep to draft next, down to not at all; ``shapes.py``
 chooses between a chain and a tree once, at start. Nothing here knows vLLM or reads a clock, and no
 choice made here changes an output: the target decides every token whatever was drafted.
@@ -16,7 +15,6 @@ is accepted of each size, ``size_schedule.py`` which size a batch gets.
 from vllm_msd.budget.accepted import AcceptedTokens
 from vllm_msd.budget.costs import CostTable
 from vllm_msd.budget.depth import DepthChooser, DraftPlan
-from vllm_msd.budget.learned import LearnedCosts
 from vllm_msd.budget.rule import best_rate, prefix_lengths
 from vllm_msd.budget.shapes import AUTO, choose_shape
 from vllm_msd.budget.size_costs import SizeCosts, candidate_sizes
@@ -33,7 +31,6 @@ __all__ = [
     "CostTable",
     "DepthChooser",
     "DraftPlan",
-    "LearnedCosts",
     "SizeCosts",
     "SizeSchedule",
     "best_rate",

@@ -5,7 +5,7 @@ That is with greedy requests; each row that is drawn from costs more, by the way
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,14 @@ class CostTable:
         prefill: ``(rows, seconds)`` of the draft over a step's rows, its first logits included.
         level: ``(requests, seconds)`` of one more level of the draft.
         drawing: ``(way, seconds)`` that a row of the step costs more where it is drawn so.
+        row: seconds that each row costs beside ``step``; not kept in files. See `drawn`.
     """
 
     step: tuple[tuple[int, int, float], ...]
     prefill: tuple[tuple[int, float], ...]
     level: tuple[tuple[int, float], ...]
     drawing: tuple[tuple[str, float], ...] = ()
+    row: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.step:
@@ -106,7 +108,7 @@ class CostTable:
             high, other = self._step[below + 1]
             share = (requests - low) / (high - low)
             seconds = (1 - share) * seconds + share * other.at(rows)
-        return seconds
+        return seconds + self.row * np.asarray(rows, dtype=float)
 
     def draft_seconds(self, requests: int, rows: ArrayLike, depth: int) -> Array:
         """Seconds of drafting ``depth`` levels after a step of ``rows`` rows; 0 for depth 0."""
@@ -114,9 +116,9 @@ class CostTable:
             return np.zeros_like(np.asarray(rows, dtype=float))
         return self._prefill.at(rows) + (depth - 1) * self._level.at(requests)
 
-    def row_seconds(self, way: str) -> float:
-        """Seconds that a row costs more where it is drawn so; 0 where that was not measured."""
-        return dict(self.drawing).get(way, 0.0)
+    def drawn(self, way: str) -> "CostTable":
+        """With what a row costs more where it is drawn so: nothing where that was not measured."""
+        return replace(self, row=dict(self.drawing).get(way, 0.0))
 
     def gist(self) -> str:
         """The table in a few words, in milliseconds."""
@@ -142,8 +144,9 @@ class CostTable:
         Raises:
             ValueError, TypeError, KeyError: these are no costs.
         """
-        kept = [name for name in _FIELDS if name != "drawing" or name in values]
-        return cls(**{name: tuple(tuple(point) for point in values[name]) for name in kept})
+        known = {"drawing": (), **values}
+        step, prefill, level, drawing = (tuple(map(tuple, known[name])) for name in _FIELDS)
+        return cls(step, prefill, level, drawing)
 
     def save(self, path: Path, key: Mapping[str, Any]) -> None:
         """Write the table with what it holds for: ``key`` names machine, model, versions, ..."""

@@ -22,7 +22,6 @@ from vllm_msd.budget import (
     CostTable,
     DepthChooser,
     DraftPlan,
-    LearnedCosts,
     prefix_lengths,
 )
 from vllm_msd.budget.costs import GREEDY
@@ -65,15 +64,13 @@ class AutoProposer(TreeProposer):
         plan: of the last `propose`.
         tables: what steps cost, for each shape that was chosen from.
         costs: of the chosen shape, by way of drawing.
-        step_seconds: since the step began, set before `propose`.
     """
 
     limits: list[int]
     forced: Forced | None = None
     drafted: DraftTree | None
     tables: dict[TreeConfig, CostTable]
-    costs: dict[str, LearnedCosts]
-    step_seconds: float
+    costs: dict[str, CostTable]
 
     def __init__(self, vllm_config, device, runner=None) -> None:
         super().__init__(vllm_config, device, runner)
@@ -92,7 +89,7 @@ class AutoProposer(TreeProposer):
         """Draft trees of this shape from now on; called before the first request."""
         self.config, self.costs = config, {}
         for way in (GREEDY, *(way for way, _ in costs.drawing)):
-            self.costs[way] = LearnedCosts(costs, way)
+            self.costs[way] = costs.drawn(way)
         self.chooser = DepthChooser(config, self.calibration, self.prior)
 
     @override
@@ -117,17 +114,14 @@ class AutoProposer(TreeProposer):
         if token_indices_to_sample is None:
             token_indices_to_sample = common_attn_metadata.query_start_loc[1:] - 1
         last_rows = token_indices_to_sample.tolist()
-        only_decodes = not self._reads_prompts()
-        if only_decodes and self.forced is None:
-            self._costs().observe_step(requests, starts[-1], self.step_seconds)
         self.plan, self.drafted, self.spent = self._next_plan(requests), None, Spent()
 
         rows = sum(last + 1 - start for last, start in zip(last_rows, starts, strict=False))
-        if self.plan.depth == 0 and only_decodes and self.backlog.has_room(rows):
+        if self.plan.depth == 0 and not self._reads_prompts() and self.backlog.has_room(rows):
             self._owe(starts, last_rows, target_token_ids, target_hidden_states, next_token_ids)
             return [[] for _ in range(requests)]
 
-        is_behind = self._catch_up(starts, common_attn_metadata.block_table_tensor)
+        self._catch_up(starts, common_attn_metadata.block_table_tensor)
         super(TreeProposer, self).propose(
             min(self.plan.depth, 1),
             target_token_ids,
@@ -150,10 +144,7 @@ class AutoProposer(TreeProposer):
             common_attn_metadata.block_table_tensor,
             _cut(self.forced.shape if self.forced else self.config, self.plan.depth),
         )
-        drafting = time.perf_counter() - started
-        self.spent.growing = drafting - self.spent.reading
-        if only_decodes and not is_behind and self.forced is None:
-            self._costs().observe_draft(requests, starts[-1], self.plan.depth, drafting)
+        self.spent.growing = time.perf_counter() - started - self.spent.reading
         lengths = self._lengths(self.drafted, num_speculative_tokens)
         tokens = self.drafted.tokens[:, 1:].tolist()
         return [own[:length] for own, length in zip(tokens, lengths, strict=True)]
@@ -215,7 +206,7 @@ class AutoProposer(TreeProposer):
         self.tally.add(probabilities.shape[1], lengths)
         return lengths
 
-    def _costs(self) -> LearnedCosts:
+    def _costs(self) -> CostTable:
         """Of steps with the requests at hand."""
         way = way_of_drawing(self.runner.input_batch)
         return self.costs.get(way, self.costs[GREEDY])
@@ -241,14 +232,14 @@ class AutoProposer(TreeProposer):
             following = torch.cat([tokens[begin + 1 : end], next_tokens[request, None]])
             self.backlog.keep(req_id, int(first[begin]), following.long(), hidden[begin:end])
 
-    def _catch_up(self, starts: list[int], block_table: Tensor) -> bool:
-        """Let the draft read what these requests owe, in one pass; whether there was anything."""
+    def _catch_up(self, starts: list[int], block_table: Tensor) -> None:
+        """Let the draft read what these requests owe, in one pass."""
         if self.backlog.num_rows == 0:
-            return False
+            return
         positions = self.runner.positions[starts[:-1]]
         owed = self.backlog.take(list(self.runner.input_batch.req_ids), positions.tolist())
         if not owed:
-            return False
+            return
         own, rows = list(owed), list(owed.values())
         counts = torch.tensor([len(r.tokens) for r in rows])
         query_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
@@ -268,7 +259,6 @@ class AutoProposer(TreeProposer):
         )
         tokens, hidden = (torch.cat([getattr(r, x) for r in rows]) for x in ("tokens", "hidden"))
         self._run_level(tokens, hidden, at, attention, None)
-        return True
 
 
 def way_of_drawing(batch: InputBatch) -> str:

@@ -7,7 +7,6 @@ rows. From there on vLLM sees an ordinary chain with rejected rows behind it.
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,15 +15,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 from vllm.config import VllmConfig
-from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import (
-    AsyncModelRunnerOutput,
-    DraftTokenIds,
-    ModelRunnerOutput,
-    SamplerOutput,
-)
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -73,7 +66,6 @@ class TreeModelRunner(CPUModelRunner):
         self.drafted: dict[str, DraftTree] = {}
         self.step: StepNodes | None = None
         self.path_rows: Tensor | None = None
-        self.began = 0.0
 
     @override
     def initialize_kv_cache_tensors(
@@ -99,14 +91,6 @@ class TreeModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if isinstance(self.drafter, AutoProposer) and not is_profiling:
             prepare_budget(self)
-
-    @override
-    def execute_model(
-        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | IntermediateTensors | None:
-        """As the base class; takes the time, as sizes may depend on it."""
-        self.began = time.perf_counter()
-        return super().execute_model(scheduler_output, *args, **kwargs)
 
     @override
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
@@ -200,7 +184,6 @@ class TreeModelRunner(CPUModelRunner):
         req_ids = self.input_batch.req_ids
         self.drafter.as_chain = torch.tensor([self._needs_chain(req_id) for req_id in req_ids])
         self.drafter.limits = self._limits()
-        self.drafter.step_seconds = time.perf_counter() - self.began
         tokens = super().propose_draft_token_ids(
             scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, *args, **kwargs
         )
