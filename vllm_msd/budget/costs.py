@@ -4,11 +4,11 @@ That is with greedy requests; each row that is drawn from costs more, by the way
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from vllm_msd.storage import write_json
 FORMAT = 2
 GREEDY = "greedy"
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -154,17 +155,30 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path, key: Mapping[str, Any]) -> "CostTable | None":
-        """The table of a file; None where there is none of this ``key``.
-
-        A damaged file counts as none: it is a cache, and is measured and written again.
-        """
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT or values["key"] != dict(key):
-                return None
-            return cls.from_dict(values)
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+        """The table of a file, see `load_table`."""
+        return load_table(path, FORMAT, key, cls.from_dict)
 
 
 _FIELDS = ("step", "prefill", "level", "drawing")
+
+
+def load_table(
+    path: Path, form: object, key: Mapping[str, Any], read: Callable[[dict[str, Any]], T]
+) -> T | None:
+    """The costs of a file; None where there are none of this form and ``key``.
+
+    A damaged file counts as none: it is a cache, and is measured and written again.
+
+    Args:
+        path: of the file.
+        form: its ``format``.
+        key: what the costs must hold for.
+        read: makes them of the file's values; may raise ValueError, TypeError, KeyError.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != form or values["key"] != dict(key):
+            return None
+        return read(values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

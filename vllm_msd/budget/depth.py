@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_msd.budget.rule import Costs, best_rate
+from vllm_msd.budget.costs import CostTable
+from vllm_msd.budget.rule import best_rate
 from vllm_msd.budget.usual import expected_tree
 from vllm_msd.budget.worth import USUAL, AcceptancePrior, Calibration
 from vllm_msd.tree.config import TreeConfig
@@ -55,23 +56,23 @@ class DepthChooser:
         # The path probabilities of the nodes at each depth, of the last trees that went so deep.
         self._levels: list[deque[Array]] = [deque(maxlen=REMEMBERED) for _ in range(shape.depth)]
         self._expected = expected_tree(shape, prior.by_depth)
-        self._plans: dict[tuple[int, Costs], int] = {}
+        self._plans: dict[tuple[int, float], int] = {}
         self._planned = 0
         self._until_probe = 0
         self._interval = FIRST_PROBE
 
-    def next(self, requests: int, costs: Costs) -> DraftPlan:
+    def next(self, requests: int, costs: CostTable) -> DraftPlan:
         """What to draft for the next step of ``requests`` requests; called once a step.
 
-        ``costs``: of such steps, the same object as long as they are the same.
+        ``costs``: of such steps; of one table, apart from drawing.
         """
         if self._planned == 0:
             self._plans.clear()
             self._planned = PLANNED_FOR
         self._planned -= 1
-        depth = self._plans.get((requests, costs))
+        depth = self._plans.get((requests, costs.row))
         if depth is None:
-            depth = self._plans[requests, costs] = self._best(requests, costs)
+            depth = self._plans[requests, costs.row] = self._best(requests, costs)
         self._until_probe -= 1
         if self._until_probe >= 0 or depth == self._shape.depth:
             return DraftPlan(depth)
@@ -99,7 +100,7 @@ class DepthChooser:
             self._until_probe = min(self._until_probe, FIRST_PROBE)
             self._plans.clear()
 
-    def rates(self, requests: int, costs: Costs) -> list[float]:
+    def rates(self, requests: int, costs: CostTable) -> list[float]:
         """Expected tokens per second when drafting 0, 1, ... levels."""
         if self._levels[-1]:
             nodes = [np.concatenate(trees) for trees in self._levels]
@@ -118,7 +119,7 @@ class DepthChooser:
             rates.append(best_rate(worths[these], counts[these], requests, costs, depth))
         return rates
 
-    def _best(self, requests: int, costs: Costs) -> int:
+    def _best(self, requests: int, costs: CostTable) -> int:
         none, *drafting = self.rates(requests, costs)
         best = int(np.argmax(drafting))
         return best + 1 if drafting[best] > MARGIN * none else 0

@@ -7,29 +7,17 @@ none. Nodes stand best-first, so each request's share is a prefix of them.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from vllm_msd.budget.costs import CostTable
 
 Array = NDArray[np.float64]
 
 
-class Costs(Protocol):
-    """What `vllm_msd.budget.costs.CostTable` says of steps."""
-
-    def step_seconds(self, requests: int, rows: ArrayLike) -> Array:
-        """Seconds of a step of the target; ``rows``: in all, the same shape comes back."""
-
-    def draft_seconds(self, requests: int, rows: ArrayLike, depth: int) -> Array:
-        """Seconds of drafting ``depth`` levels after such a step."""
-
-
 def prefix_lengths(
-    worths: Sequence[Array],
-    costs: Costs,
-    depth: int = 0,
-    at_least: int = 0,
+    worths: Sequence[Array], costs: CostTable, depth: int = 0, at_least: int = 0
 ) -> list[int]:
     """How many nodes each of R requests has verified.
 
@@ -50,7 +38,7 @@ def prefix_lengths(
     return np.bincount(owner[order[:count]], minlength=requests).tolist()
 
 
-def best_count(worths: Array, requests: int, costs: Costs, depth: int) -> int:
+def best_count(worths: Array, requests: int, costs: CostTable, depth: int) -> int:
     """How many of ``worths [n]``, falling, make the rate highest; the fewest at a tie."""
     tokens = requests + np.concatenate([[0.0], np.cumsum(worths)])
     rows = requests + np.arange(len(tokens))
@@ -58,13 +46,7 @@ def best_count(worths: Array, requests: int, costs: Costs, depth: int) -> int:
     return int(np.argmax(tokens / seconds))
 
 
-def best_rate(
-    worths: Array,
-    counts: Array,
-    requests: int,
-    costs: Costs,
-    depth: int,
-) -> float:
+def best_rate(worths: Array, counts: Array, requests: int, costs: CostTable, depth: int) -> float:
     """The best tokens per second of a step with nodes like these.
 
     Args:

@@ -1,6 +1,5 @@
 """What whole steps cost where every request has the same number of nodes verified."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vllm_msd.budget.costs import Curve
+from vllm_msd.budget.costs import Curve, load_table
 from vllm_msd.storage import write_json
 
 FORMAT = "sizes 1"
@@ -93,17 +92,8 @@ class SizeCosts:
 
     @classmethod
     def load(cls, path: Path, key: Mapping[str, Any]) -> "SizeCosts | None":
-        """The table of a file; None where there is none of this ``key``.
-
-        A damaged file counts as none: it is a cache, and is measured and written again.
-        """
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT or values["key"] != dict(key):
-                return None
-            return cls.of(values["points"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+        """The table of a file, see `load_table`."""
+        return load_table(path, FORMAT, key, lambda values: cls.of(values["points"]))
 
     @classmethod
     def of(cls, points: Iterable[Iterable[Any]]) -> "SizeCosts":
