@@ -105,9 +105,10 @@ def measure_top_k(rows: int, columns: int, k: int, bandwidth: float, device: str
 def measure_growth(shape: TreeShape, batch: int, columns: int, hidden: int, device: str) -> dict:
     """All levels, the draft replaced by logits and hidden rows that are there already."""
     k, rows = shape.top_k, batch * shape.top_k
-    logits = distinct_logits(rows, columns, device, seed=1)
+    # Other logits at every level, or paths through the same rows in another order would tie.
+    logits = [distinct_logits(rows, columns, device, seed) for seed in range(shape.depth + 1)]
     out = torch.randn(rows, hidden, dtype=torch.bfloat16, device=device)
-    root = (logits[:batch].contiguous(), out[:batch].clone())
+    root = (logits[0][:batch].contiguous(), out[:batch].clone())
     integers = torch.zeros(rows, dtype=torch.int32, device=device)
     inputs = LevelInputs(
         integers, integers.long(), integers.long(), integers.clone(), torch.empty_like(out)
@@ -120,17 +121,19 @@ def measure_growth(shape: TreeShape, batch: int, columns: int, hidden: int, devi
     drafts = torch.zeros(batch, shape.total_tokens - 1, dtype=torch.int64, device=device)
 
     def fused() -> DraftTree:
+        levels = iter(logits[1:])
         grow_tree_fused(
-            *root, lambda *_: (logits, out), buffers, inputs, place, tuple(relations), drafts
+            *root, lambda *_: (next(levels), out), buffers, inputs, place, tuple(relations), drafts
         )
         return drafts
 
     def definition() -> DraftTree:
+        levels = iter(logits[1:])
         return grow_tree(
             slots,
             root[0],
             root[1],
-            lambda *_: (logits.view(batch, k, -1), out.view(batch, k, -1)),
+            lambda *_: (next(levels).view(batch, k, -1), out.view(batch, k, -1)),
             shape,
         )
 

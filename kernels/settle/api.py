@@ -70,10 +70,12 @@ class LayerCaches:
         word = next(w for w in WORDS if all(n % w == 0 for n in lengths))
         offsets = [(address - addresses[0]) // word for address in addresses]
         align = next(a for a in (16, 8, 4, 2, 1) if all(o * word % a == 0 for o in offsets))
+        # Pinned, so that the host does not wait for the device.
+        on_host = torch.tensor(offsets, dtype=torch.int64, pin_memory=first.is_cuda)
         return cls(
             caches=tuple(caches),
             words=first.view(WORDS[word]),
-            offsets=torch.tensor(offsets, dtype=torch.int64, device=first.device),
+            offsets=on_host.to(first.device, non_blocking=True),
             align=max(1, align // word),
         )
 

@@ -6,17 +6,23 @@
 What benchmarks/bench_trees.py asks at batch 1 on a CPU, asked in bf16 under CUDA graphs: no
 speculation, a chain of 5 and a tree of 24 nodes, in turn in every round. A number of requests is
 kept in the engine, a new one for each that ends; answers end where they end by themselves.
-`--flash` also times no speculation with flash attention, vLLM's own choice on such a GPU. The pair
-computes what the small one does, so acceptance is that of the small pair.
+`--flash` also times no speculation with flash attention, vLLM's own choice on such a GPU. `auto`
+leaves the sizes to the plugin, of a chain and of a tree of 24. The pair computes what the small one
+does, so acceptance is that of the small pair.
+
+`--profile N` traces N steps of every engine at each batch size afterwards: what a step takes on the
+GPU by kernel, how many kernels it launches, and for how long the GPU waits.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engines import MODES, Drafting, Engine, demo_pair, held_out_samples, options, wide_pair, write
@@ -25,7 +31,16 @@ from vllm_msd.errors import MSDError
 from vllm_msd.provenance import provenance
 
 NONE, FLASH = "none", "none, flash attention"
-DRAFTINGS = {NONE: None, "chain 5": Drafting(5), "tree 24": Drafting(24, 5, 4)}
+DRAFTINGS = {
+    NONE: None,
+    "chain 5": Drafting(5),
+    "tree 24": Drafting(24, 5, 4),
+    "tree 60": Drafting(60, 6, 10),
+    "auto chain": Drafting(5),
+    "auto tree": Drafting(24, 5, 4),
+    FLASH: None,
+}
+USUAL = [NONE, "chain 5", "tree 24"]
 SAMPLES, MAX_TOKENS = 14, 128
 START = time.monotonic()
 
@@ -124,10 +139,25 @@ def compare(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[s
     return rows
 
 
+def draft_of(name: str, pair: Any) -> dict[str, Any]:
+    """What the engine is told of speculation; `auto` takes its largest sizes from the draft."""
+    drafting = DRAFTINGS[name]
+    if drafting is None or not name.startswith("auto"):
+        return {} if drafting is None else {"draft": pair.draft, "drafting": drafting}
+    own, folder = Path(pair.draft), Path(tempfile.mkdtemp())
+    sizes = {"num_speculative_tokens": drafting.num_tokens}
+    if drafting.is_tree:
+        sizes |= {"tree_depth": drafting.depth, "tree_top_k": drafting.top_k}
+    config = json.loads((own / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    (folder / "model.safetensors").symlink_to(own.resolve() / "model.safetensors")
+    return {"speculative_config": {"method": "msd", "model": str(folder)}}
+
+
 def start(name: str, pair: Any, args: argparse.Namespace) -> Engine:
     """An engine, warmed up."""
-    drafting = DRAFTINGS.get(name)
-    spec = {} if drafting is None else {"draft": pair.draft, "drafting": drafting}
+    drafting = DRAFTINGS[name]
+    spec = draft_of(name, pair)
     engine = Engine(
         pair.target,
         dtype=args.dtype,
@@ -146,6 +176,58 @@ def start(name: str, pair: Any, args: argparse.Namespace) -> Engine:
     return engine
 
 
+def traced(engine: Engine, prompts: Sequence[Any], steps: int) -> dict[str, Any]:
+    """So many steps of one request a prompt under PyTorch's profiler: a step's parts, in ms."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=16 * steps + 64, ignore_eos=True)
+    for number, prompt in enumerate(prompts):
+        engine.llm.add_request(f"traced-{number}", prompt, params)
+    for _ in range(8):  # prompts, and the first steps
+        engine.llm.step()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            engine.llm.step()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - begin
+    engine.llm.abort_request([f"traced-{number}" for number in range(len(prompts))])
+    while engine.llm.has_unfinished_requests():
+        engine.llm.step()
+    kernels = [k for k in found.key_averages() if k.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda k: -k.self_device_time_total)
+    per_step = {
+        k.key[:100]: [round(k.self_device_time_total / 1e3 / steps, 4), round(k.count / steps, 1)]
+        for k in kernels[:40]
+    }
+    return {
+        "steps": steps,
+        "wall_ms": round(wall / steps * 1e3, 3),
+        "gpu_ms": round(sum(k.self_device_time_total for k in kernels) / 1e3 / steps, 3),
+        "launches": round(sum(k.count for k in kernels) / steps, 1),
+        "kernels": per_step,
+    }
+
+
+def record_name(args: argparse.Namespace) -> str:
+    """Name of the result's file."""
+    return f"speed_{args.size}_{args.mode}.json"
+
+
+def trace_all(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each batch and engine."""
+    samples, rows = held_out_samples(SAMPLES), []
+    for batch in args.batches:
+        for name, engine in engines.items():
+            prompts = [engine.prompt(samples[i % SAMPLES]) for i in range(batch)]
+            rows.append({"batch": batch, "drafted": name, **traced(engine, prompts, args.profile)})
+            say("profile", json.dumps({k: v for k, v in rows[-1].items() if k != "kernels"}))
+    return rows
+
+
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -158,8 +240,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     parser.add_argument("--kv-gib", type=float, default=6, help="KV cache of each engine")
+    parser.add_argument("--arms", nargs="+", choices=DRAFTINGS, default=USUAL)
     parser.add_argument("--flash", action="store_true", help="also flash attention, no speculation")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps")
     args = parser.parse_args()
+    if NONE not in args.arms:
+        parser.error(f"--arms: expected {NONE!r} among them, what all others are compared with")
     if min(args.batches) < 1 or args.rounds < 1 or args.max_tokens < 1:
         parser.error("--batches, --rounds and --max-tokens: expected whole numbers from 1 on")
     record = provenance(**vars(args))  # before an engine binds its threads to cores
@@ -168,12 +254,16 @@ def main() -> int:
             args.size, dtype=args.dtype, report=lambda line: say(line)
         )  # fmt: skip
         say("the pair is there")
-        names = [*DRAFTINGS, *([FLASH] if args.flash else [])]
-        record["speed"] = compare({name: start(name, pair, args) for name in names}, args)
+        names = dict.fromkeys([*args.arms, *([FLASH] if args.flash else [])])
+        engines = {name: start(name, pair, args) for name in names}
+        record["speed"] = compare(engines, args)
+        write(record_name(args), json.dumps(record, indent=1))
+        if args.profile:
+            record["profile"] = trace_all(engines, args)
     except MSDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write(f"speed_{args.size}_{args.mode}.json", json.dumps(record, indent=1))
+    write(record_name(args), json.dumps(record, indent=1))
     return 0
 
 

@@ -97,24 +97,28 @@ def bind_kv(
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         members = [layers[n] for n in group.layer_names]
         check_backend(members)
-        caches = [
-            layer.kv_cache.transpose(1, 2)
-            for layer in members
-            if not getattr(layer, "is_draft_layer", False)
-        ]
-        if not caches:
+        targets = [layer for layer in members if not getattr(layer, "is_draft_layer", False)]
+        if not targets:
             continue
-        got, expected = caches[0].shape[1], block_tables.block_sizes[number]
+        got, expected = targets[0].kv_cache.shape[2], block_tables.block_sizes[number]
         if got != expected:
             raise RuntimeError(
                 f"draft trees: the attention splits KV blocks of {expected} slots into {got}. Set "
                 f"block_size to {got}, or leave tree_depth and tree_top_k out to draft chains."
             )
-        groups.append((LayerCaches.of(caches), block_tables.input_block_tables[number]))
+        groups.append((targets, block_tables.input_block_tables[number]))
+    # Made at the first settling: vLLM measures the memory of graphs with caches that it then throws
+    # away, and views of them would keep them in memory.
+    found: list[tuple[LayerCaches, Tensor]] = []
 
     def settle_on_device(tree: TreeRows, root_rows: Tensor, nodes: Tensor) -> None:
+        if not found:
+            found.extend(
+                (LayerCaches.of([layer.kv_cache.transpose(1, 2) for layer in targets]), table)
+                for targets, table in groups
+            )
         num_reqs = len(nodes)
-        for caches, block_table in groups:
+        for caches, block_table in found:
             settle(caches, block_table[:num_reqs], tree.tree_start[:num_reqs], nodes)
 
     return settle_on_device

@@ -79,7 +79,13 @@ class TreeSpeculator(ChainSpeculator):
                 f"MSD's draft trees do not work with this target: vLLM keeps {state.__name__} for "
                 "it. Leave tree_depth and tree_top_k out to draft chains."
             )
-        target_model.get_model_state_cls = lambda: TreeModelState
+
+        def make_state(*args: Any, **kwargs: Any) -> TreeModelState:
+            # Known from here on: vLLM's memory profile drafts before it calls `set_attn`.
+            self.model_state = TreeModelState(*args, **kwargs)
+            return self.model_state
+
+        target_model.get_model_state_cls = lambda: make_state
         self.target_logits = target_model.compute_logits
         provide_workspace(self.vllm_config, self.device)
         self.head = DraftHead(self.model)
