@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,11 @@ def serve(engine: Engine, prompts: Sequence[Any], batch: int, max_tokens: int) -
     return served
 
 
-def compare(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each batch and engine: the figures of every round."""
+def compare(
+    engines: dict[str, Engine], args: argparse.Namespace, rows: list[dict[str, Any]]
+) -> Iterator[None]:
+    """A row for each batch and engine: the figures of every round. Yields after each batch."""
     samples = held_out_samples(SAMPLES)
-    rows = []
     for batch in args.batches:
         count = max(SAMPLES, 3 * batch)
         found: dict[str, list[Served]] = {name: [] for name in engines}
@@ -136,7 +137,7 @@ def compare(engines: dict[str, Engine], args: argparse.Namespace) -> list[dict[s
             row["speedup"] = round(statistics.median(speeds) / statistics.median(base), 3)
             rows.append(row)
             say(f"batch {batch}, {name}: {json.dumps(row)}")
-    return rows
+        yield
 
 
 def draft_of(name: str, pair: Any) -> dict[str, Any]:
@@ -256,8 +257,9 @@ def main() -> int:
         say("the pair is there")
         names = dict.fromkeys([*args.arms, *([FLASH] if args.flash else [])])
         engines = {name: start(name, pair, args) for name in names}
-        record["speed"] = compare(engines, args)
-        write(record_name(args), json.dumps(record, indent=1))
+        record["speed"] = []
+        for _ in compare(engines, args, record["speed"]):  # a run cut short keeps what it has
+            write(record_name(args), json.dumps(record, indent=1))
         if args.profile:
             record["profile"] = trace_all(engines, args)
     except MSDError as error:

@@ -41,6 +41,7 @@ if [ ! -e "$KIT/installed" ]; then
 fi
 
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_LOGGING_LEVEL=WARNING
+export VLLM_USE_FLASHINFER_SAMPLER=0 # FlashInfer is not brought
 export VLLM_USE_V2_MODEL_RUNNER=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo # there is no network
 export TRITON_F32_DEFAULT=ieee          # fp32 means fp32 in vLLM's own attention kernel too
