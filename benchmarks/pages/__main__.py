@@ -18,6 +18,7 @@ from . import (
     bench,
     chart,
     decoding,
+    gpu,
     identity,
     real,
     serving,
@@ -35,6 +36,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
     "README.md": {
         "benchmarks/results/real.json": real.headline,
         "benchmarks/results/trees.json": decoding.headline,
+        "benchmarks/results/gpu_speed.json": gpu.headline,
     },
     "docs/results.md": {
         "benchmarks/results/real.json": real.real,
@@ -44,6 +46,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "benchmarks/results/cpu_environment.json": serving.environment,
         "benchmarks/results/visual_branch.json": decoding.visual_branch,
         "vllm_msd/demo/pair/evaluation.json": decoding.evaluation,  # written with the pair
+        "benchmarks/results/gpu_smoke.json": gpu.smoke,
+        "benchmarks/results/gpu_speed.json": gpu.speed,
         "benchmarks/results/lossless.json": identity.lossless,
         "benchmarks/results/soak.json": identity.soak,
         "benchmarks/results/gpu_wiring.json": identity.gpu_wiring,
@@ -55,6 +59,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "benchmarks/results/bench_shape.json": bench.shaped,
     },
     "docs/kernels.md": {
+        "benchmarks/results/gpu_attention.json": gpu.kernels,
+        "benchmarks/results/gpu_growth.json": gpu.growth,
         "benchmarks/results/launches.json": speed.launches,
         "benchmarks/results/roofline.json": speed.roofline,
     },

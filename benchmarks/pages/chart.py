@@ -36,7 +36,7 @@ def content(demo: dict[str, Any], trees: dict[str, Any]) -> dict[str, Any]:
             "title": f"Tokens per second, widened to {settings['size']}",
             "bars": {name: round(speed, 1) for name, speed in speeds.items()},
         },
-        "note": f"Demo pair, greedy, batch 1, on a CPU ({machine(trees)}). Not measured on a GPU.",
+        "note": f"Demo pair, greedy, batch 1, on a CPU ({machine(trees)}).",
     }
 
 

@@ -19,7 +19,7 @@ def headline(name: str, result: dict[str, Any]) -> str:
         f"answers are those without a draft. The pair widened to {settings['size']} decodes "
         f"{found['msd_tokens_per_second']:.1f} tokens/s instead of "
         f"{speed['plain_tokens_per_second']:.1f} (greedy, batch 1, "
-        f"{SHORT[settings['dtype']]}). **Not measured on a GPU.**"
+        f"{SHORT[settings['dtype']]})."
     )
 
 

@@ -381,7 +381,7 @@ class FakeEngine:
 
     def __init__(self):
         self.llm, self._record, self.left, self.most = self, self, {}, 0
-        self.last = None
+        self.last, self.renderer = None, SimpleNamespace(render_cmpl=list)
 
     def add_request(self, request_id, prompt, params):
         assert params.temperature == 0
@@ -407,14 +407,16 @@ class FakeEngine:
         return last
 
 
-def test_bench_keeps_the_batch_full(load):
+def test_bench_keeps_the_batch_full(load, monkeypatch):
     pytest.importorskip("vllm")
     bench, engine = load("bench_gpu"), FakeEngine()
+    monkeypatch.setattr(bench, "READ", 1)
     served = bench.serve(engine, [0, 1, 2, 3, 4], 2, 16)
     assert served.ids == {n: [n, 7] * (n + 1) for n in range(5)}
     assert (engine.most, served.tokens) == (2, 30)
     # Requests 0 and 1, 1 and 2, 2 and 3, 2 and 3, 3 and 4, 3 and 4; then 4 alone for three steps.
-    assert len(served.steps) == 6
+    # In two of the six that are full no request is new.
+    assert len(served.steps) == 2
     assert served.verifications == served.accepted == 15
     figures = served.figures()
     assert figures["tokens_per_verification"] == 2.0
@@ -452,7 +454,7 @@ def test_smoke_compares_accepted_drafts_with_the_eager_stage(load, tmp_path):
     eager = tmp_path / "smoke_eager.json"
     now = {"none": {}, "chain": {"acceptance_length": 4.0}, "tree": {"acceptance_length": 5.0}}
     assert smoke.accepts_as_eager(now, eager)  # nothing to compare with
-    eager.write_text(json.dumps(now))
+    eager.write_text(json.dumps({"arms": now}))
     assert smoke.accepts_as_eager(now, eager)
     now["tree"]["acceptance_length"] = 4.7
     assert not smoke.accepts_as_eager(now, eager)

@@ -49,7 +49,7 @@ def answers(kind, graphs=None, **options):
     return run_worker(
         "graph_answers",
         "v2",
-        wiring={"graphs": graphs},
+        wiring={"graphs": graphs, "profile": graphs is not None},  # as a GPU starts
         target=str(pair.target),
         requests=8,
         **{"draft": draft, **(DRAFTS[kind] if kind else {}), **options},

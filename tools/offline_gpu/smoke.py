@@ -122,6 +122,9 @@ def engines(stage: str) -> bool:
     """Whether the demo pair answers the same with drafts, some of them accepted, some rejected."""
     from engines import Drafting, Engine, acceptance, demo_pair, held_out_samples, options, write
 
+    from vllm_msd.provenance import provenance
+
+    facts = provenance(stage=stage)  # before an engine binds its threads to cores
     pair, samples = demo_pair(), held_out_samples(SAMPLES)
     plain: list[list[int]] = []
     record: dict[str, dict] = {}
@@ -155,7 +158,7 @@ def engines(stage: str) -> bool:
             good &= same == len(ids) and 0 < found["accepted"] < found["drafted"]
         record[name] = row
         say(name, json.dumps({k: v for k, v in row.items() if k != "acceptance_rate_per_position"}))
-        write(f"smoke_{stage}.json", json.dumps(record, indent=1))
+        write(f"smoke_{stage}.json", json.dumps(facts | {"arms": record}, indent=1))
     if stage != "eager":
         good &= accepts_as_eager(record, Path(os.environ.get("OUT", ".")) / "smoke_eager.json")
     return good
@@ -166,7 +169,7 @@ def accepts_as_eager(record: dict[str, dict], eager: Path) -> bool:
     if not eager.is_file():
         say("accepted drafts: not compared, there is no", eager.name)
         return True
-    before = json.loads(eager.read_text())
+    before = json.loads(eager.read_text())["arms"]
     good = True
     for name in (CHAIN, TREE):
         if name not in record or name not in before:

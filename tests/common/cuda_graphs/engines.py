@@ -32,8 +32,8 @@ def gpu_wiring(
         graphs: their ``cudagraph_mode``; None runs them eagerly.
         interpreted: attend, and grow trees, with the Triton kernels themselves, seconds a step,
             instead of their stand-ins in PyTorch.
-        profile: capture the graphs once before, over a small cache that is thrown away with them,
-            as a GPU's worker does to measure their memory.
+        profile: measure memory as a GPU's worker does before there is a KV cache: one run of the
+            largest batch, and all graphs captured over a small cache that is thrown away with them.
     """
     from vllm_msd.vllm_plugin import plugin
 
@@ -116,6 +116,11 @@ def _graphs(profile: bool) -> Iterator[None]:
     def measure_too(worker: Any) -> int:
         if profile and worker.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             init_workspace_manager(worker.device)
+            with (
+                mock.patch.object(torch.accelerator, "synchronize"),
+                mock.patch.object(torch.accelerator, "empty_cache"),
+            ):
+                worker.model_runner.profile_run()  # a GPU's worker always does
             worker.model_runner.profile_cudagraph_memory()
         return measure(worker)
 
