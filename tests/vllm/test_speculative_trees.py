@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from tests.common.configuring import configure, msd, tree
-from vllm_msd.vllm_plugin.configuration import auto_sizes
+from vllm_msd.vllm_plugin.configuration import auto_sizes, capture_sizes
 from vllm_msd.vllm_plugin.configuration import tree_settings as settings
 from vllm_msd.vllm_plugin.configuration.capture_sizes import (
     MANY_REQUESTS,
@@ -185,6 +185,19 @@ def test_graphs_for_sizes_that_move(pair, monkeypatch):
     for requests, rows, padded in ((9, 4, 10), (33, 6, 40), (200, 1, 224), (256, 6, 256)):
         desc = manager.dispatch(requests, requests * rows, rows, 0)
         assert (desc.num_reqs, desc.uniform_token_count) == (padded, rows)
+
+
+def test_graph_sizes_of_the_user_beside_sizes_that_move(pair, monkeypatch):
+    """They stay, and a warning says what follows; nothing is said of sizes that do not move."""
+    said = []
+    monkeypatch.setattr(capture_sizes.logger, "warning_once", said.append)
+    with_graphs(pair, tree(24, 5, 6), sizes=[1, 25, 100])
+    monkeypatch.setattr(auto_sizes, "runs_v2", lambda: True)
+    with_graphs(pair, {}, seqs=256)
+    assert said == []
+    config = with_graphs(pair, {}, seqs=256, sizes=[6, 12])
+    assert config.compilation_config.cudagraph_capture_sizes == [6, 12]
+    assert said == [capture_sizes.OWN_SIZES]
 
 
 @pytest.mark.usefixtures("no_device")

@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from vllm_msd.vllm_plugin.configuration.tree_settings import (
     is_msd_config,
     scheduled_sizes,
@@ -27,6 +29,13 @@ REQUESTS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 MANY_REQUESTS = (*REQUESTS, 80, 96, 112, 128, 160, 192, 224, 256)
 # A step of so many rows takes its time on any device; its launches are no longer what costs.
 MAX_ROWS = 2048
+OWN_SIZES = (
+    "MSD: the sizes of CUDA graphs were given, and what is drafted follows the load. Batches that "
+    "no graph fits run eagerly, so their sizes look slow and are not chosen. Leave "
+    "cudagraph_capture_sizes and max_cudagraph_capture_size out, or give num_speculative_tokens."
+)
+
+logger = init_logger("vllm.vllm_msd")
 
 
 def drafted_by_requests(vllm_config: VllmConfig) -> dict[int, tuple[int, ...]]:
@@ -83,6 +92,8 @@ def wrap_set_cudagraph_sizes(original: Callable[[Any], None]) -> Callable[[Any],
         given = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
         original(self)
         sizes = compilation.cudagraph_capture_sizes
+        if given != (None, None) and sizes and _moves(self):
+            logger.warning_once(OWN_SIZES)
         if given != (None, None) or not sizes:
             return
         if not wants_trees(self) and not _moves(self):
