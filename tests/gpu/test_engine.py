@@ -4,9 +4,14 @@ What only shows here: real graphs and streams, a host that waits for the device 
 serves (vLLM's VLLM_GPU_SYNC_CHECK ends it), kernels of ours that are compiled only then, and
 FLASH_ATTN around the tree kernel. vLLM has to be installed for the device.
 
+Each engine runs in a process of its own, one after another. With ``MSD_GPU_ENGINES=6`` so many run
+side by side from the start; each wants a fifth of the device's memory free when it starts.
+
 `python -m tests.common.gpu_engine` without a device rehearses an engine on the CPU.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -18,16 +23,32 @@ TREE = {"tree": [5, 4], "spec_tokens": 16}
 MOST = (16, 8, 4, 2, 2, 0)  # nodes that pay by costs of the test's own, by requests; 0 beyond
 
 
+KINDS = {
+    "none": {"draft": False},
+    "chain": {"spec_tokens": 5},
+    "tree": TREE,
+    "auto": {"auto": True},
+    "moving": {"auto": True, "best": MOST, "seqs": 256, "longest": 96, **TREE},
+    "long none": {"draft": False, "longest": 96},
+}
+AT_ONCE = int(os.environ.get("MSD_GPU_ENGINES", "1"))
+ENGINES = ThreadPoolExecutor(AT_ONCE)
+
+
 @cache
-def answers(draft, dtype="float32", backend=None):
-    kinds = {
-        "none": {"draft": False},
-        "chain": {"spec_tokens": 5},
-        "auto": {"auto": True},
-        "moving": {"auto": True, "best": MOST, "seqs": 256, "longest": 96, **TREE},
-        "tree": TREE,
-    }
-    return gpu_engine_answers(dtype=dtype, backend=backend, **kinds[draft])
+def started(kind, dtype, backend):
+    return ENGINES.submit(gpu_engine_answers, dtype=dtype, backend=backend, **KINDS[kind])
+
+
+def answers(kind, dtype="float32", backend=None):
+    return started(kind, dtype, backend).result()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def side_by_side():
+    if AT_ONCE > 1:
+        for kind in KINDS:
+            started(kind, "float32", None)
 
 
 @pytest.mark.parametrize("draft", ["chain", "tree"])
@@ -63,9 +84,8 @@ def test_sizes_left_to_the_plugin_change_no_answer():
 def test_trees_follow_the_requests_in_graphs_of_the_engines_own():
     """Up to 256 requests, of which the draft takes not all at once; sizes by the test's costs."""
     got = answers("moving")
-    plain = gpu_engine_answers(draft=False, longest=96)
     assert got["graphs"] > 100
-    assert got["ids"] == plain["ids"]
+    assert got["ids"] == answers("long none")["ids"]
     assert got["acceptance"]["accepted"] > 50 and got["acceptance"]["rejected"] > 50
     wanted = dict(enumerate(MOST, 1))
     others = [(n, nodes) for n, nodes in got["steps"] if nodes != wanted.get(n, 0)]
