@@ -38,6 +38,7 @@ from vllm_msd.kernels import (
     place_trees,
     top_k,
 )
+from vllm_msd.provenance import command_line
 from vllm_msd.tree import (
     DraftTree,
     GrowthBuffers,
@@ -241,6 +242,7 @@ def run(args: argparse.Namespace) -> dict:
     record: dict = {
         "what": "growing trees without their draft, median microseconds in a CUDA graph",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command_line(),
         "device": "a CPU and Triton's interpreter" if args.tiny else torch.cuda.get_device_name(),
         "versions": versions(),
         "copy_bytes_per_second": round(bandwidth),

@@ -35,6 +35,7 @@ import torch
 from vllm_msd.kernels import AcceptedPaths, LayerCaches, accept, settle
 from vllm_msd.kernels.accept.eager import accept_eager
 from vllm_msd.kernels.settle.eager import settle_eager
+from vllm_msd.provenance import command_line
 
 from .problem import BLOCK_SIZE, MODELS, TINY, Case, Problem, random_parents
 from .record import TARGET, criteria, describe, plot, summary
@@ -137,6 +138,7 @@ def run(args: argparse.Namespace) -> dict:
     record = {
         "what": "one layer's attention and one settling of all layers, median microseconds",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command_line(),
         "device": name,
         "versions": versions(),
         "copy_bytes_per_second": round(bandwidth),

@@ -16,7 +16,7 @@ PROGRAM_BYTES = 4096  # of one row; two 16-byte loads for each of 128 threads
 
 @dataclass(frozen=True)
 class LayerCaches:
-    """KV caches of several layers that one kernel can reach: made once, when they are allocated.
+    """KV caches of several layers that one kernel can reach: made once, after they are allocated.
 
     Only addresses and shapes are kept, so the dtype does not matter. Rows are moved as integers of
     the widest word that every address and stride is a multiple of.

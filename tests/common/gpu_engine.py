@@ -44,6 +44,8 @@ def gpu_engine_answers(timeout: float = 600, sync_check: str | None = "error", *
         environment["VLLM_GPU_SYNC_CHECK"] = sync_check
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
+        if order.get("auto"):  # costs of another run are none of this one's
+            environment["VLLM_CACHE_ROOT"] = folder
         command = [sys.executable, "-m", "tests.common.gpu_engine", json.dumps(order), str(report)]
         done = subprocess.run(
             command,
@@ -101,7 +103,7 @@ def answers(
             measured come back as ``costs``.
         best: have them follow other costs, see `moving_sizes.left_to_the_plugin`.
         seqs: most requests at a time, with the CUDA graphs that the engine chooses; None for six
-            and few graphs.
+            and, unless ``auto``, few graphs.
         tree: depth and width; None for a chain.
         spec_tokens: nodes of the tree, or tokens of the chain.
         dtype: of the target and the cache.
@@ -130,7 +132,7 @@ def answers(
         options |= {"max_num_seqs": seqs, "max_num_batched_tokens": 2048}
     if on_gpu:
         sizes = sorted({n * m for n in (1, 2, 4, 6) for m in (1, rows)})
-        graphs = {"cudagraph_capture_sizes": sizes} if seqs is None else {}
+        graphs = {"cudagraph_capture_sizes": sizes} if seqs is None and not auto else {}
         options |= {
             "enforce_eager": False,
             "compilation_config": GRAPHS | graphs,

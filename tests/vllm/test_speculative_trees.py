@@ -193,7 +193,8 @@ def test_graph_sizes_of_the_user_beside_sizes_that_move(pair, monkeypatch):
     monkeypatch.setattr(capture_sizes.logger, "warning_once", said.append)
     with_graphs(pair, tree(24, 5, 6), sizes=[1, 25, 100])
     monkeypatch.setattr(auto_sizes, "runs_v2", lambda: True)
-    with_graphs(pair, {}, seqs=256)
+    own = with_graphs(pair, {}, seqs=256)
+    own._set_cudagraph_sizes()  # as the engine's process of a server does, over what is there
     assert said == []
     config = with_graphs(pair, {}, seqs=256, sizes=[6, 12])
     assert config.compilation_config.cudagraph_capture_sizes == [6, 12]

@@ -92,17 +92,17 @@ def wrap_set_cudagraph_sizes(original: Callable[[Any], None]) -> Callable[[Any],
         given = compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size
         original(self)
         sizes = compilation.cudagraph_capture_sizes
-        if given != (None, None) and sizes and _moves(self):
-            logger.warning_once(OWN_SIZES)
-        if given != (None, None) or not sizes:
-            return
-        if not wants_trees(self) and not _moves(self):
+        if not sizes or not (wants_trees(self) or _moves(self)):
             return
         added = tree_capture_sizes(
             requests_by_rows(self),
             self.scheduler_config.max_num_batched_tokens,
             MANY_REQUESTS if _moves(self) else REQUESTS,
         )
+        if given != (None, None):  # the user's, or ours: a server's process comes here twice
+            if _moves(self) and not added <= {*sizes}:
+                logger.warning_once(OWN_SIZES)
+            return
         compilation.cudagraph_capture_sizes = sorted({*sizes, *added})
         compilation.max_cudagraph_capture_size = max(*sizes, *added)
 

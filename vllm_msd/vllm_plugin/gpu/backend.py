@@ -106,8 +106,11 @@ def bind_kv(
                 f"draft trees: the attention splits KV blocks of {expected} slots into {got}. Set "
                 f"block_size to {got}, or leave tree_depth and tree_top_k out to draft chains."
             )
+        LayerCaches.of(
+            [layer.kv_cache.transpose(1, 2) for layer in targets]
+        )  # refused now, if ever
         groups.append((targets, block_tables.input_block_tables[number]))
-    # Made at the first settling: vLLM measures the memory of graphs with caches that it then throws
+    # Kept from the first settling on: vLLM measures the memory of graphs with caches that it then throws
     # away, and views of them would keep them in memory.
     found: list[tuple[LayerCaches, Tensor]] = []
 
