@@ -58,14 +58,14 @@ def speed(name: str, result: dict[str, Any]) -> str:
         "attention for all arms (vLLM's own choice on such a GPU, FLASH_ATTN, was not run).",
         "Tokens/s and speed-up are measured over whole answers. At one request they hold. With "
         "more, the one process of this run prepared images between its steps, which held up all "
-        "arms, as the median steps show: there they do not compare the arms. *Kernels would allow* is "
-        "computed: from the time in which kernels ran, of a few traced steps, and the tokens per "
-        "verification. Why some answers of trees differ in bf16 was not examined; in fp32, on the "
+        "arms, as the median steps show: there they do not compare the arms. *Kernels would allow* "
+        "is computed: from the time in which kernels ran, of a few traced steps, and the tokens "
+        "per verification. Why some answers of trees differ in bf16 was not examined; in fp32, on the "
         "small pair, all are the same.",
         table(head, rows),
-        "The file also holds an arm with sizes that follow the load. It says nothing of them, since "
-        "the run captured graphs for whole trees only. The benchmark has been changed since: images "
-        "are prepared before the clock starts.",
+        "The file also holds an arm with sizes that follow the load. It says nothing of them, "
+        "since the run captured graphs for whole trees only. The benchmark has been changed since: "
+        "images are prepared before the clock starts.",
         source(name, result),
     ]
     return "\n\n".join(parts)
@@ -118,7 +118,7 @@ def kernels(name: str, result: dict[str, Any]) -> str:
         settles.setdefault(row["model"], []).append(f"{row['microseconds']:.0f} at {row['batch']}")
     parts = [
         "### Tree attention, measured",
-        f"One layer on an {result['device']}, bf16, medians of replayed CUDA graphs with a cold L2; "
+        f"One layer on an {result['device']}, bf16, medians of replayed CUDA graphs, L2 cold; "
         "TB/s are keys, values, queries and results once, over the time:",
         table(head, rows),
         f"Ours was faster than {', than '.join(against)} of the cases in which that was timed; no "
@@ -126,8 +126,9 @@ def kernels(name: str, result: dict[str, Any]) -> str:
         f"{summary['masks_cost_at_target']:.1%} at 8 x 4096 with 60 nodes, "
         f"{summary['masks_cost_median']:.1%} in the median, {summary['masks_cost_worst']:.1%} at "
         "worst. The copy that this run compared with reached "
-        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, less than the kernel, since in a graph "
-        "it is no kernel: shares of it say nothing. The benchmark now takes the quicker of two ways.",
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, less than the kernel, since in a "
+        "graph it is no kernel: shares of it say nothing. The benchmark now takes the quicker of "
+        "two ways.",
         "Settling all layers, five rows a request, microseconds by requests: "
         + "; ".join(f"{model} {', '.join(times)}" for model, times in settles.items())
         + ".",

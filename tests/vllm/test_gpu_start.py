@@ -1,7 +1,7 @@
 """Engines for a CUDA device start, as vLLM's GPU worker builds them, kernels left out.
 
 What the engines on emulated graphs cannot show: vLLM starts those with the CPU's worker, which has
-no memory profile, nor one of the graphs' memory, so that nothing is drafted before the KV cache is there.
+no memory profile, nor one of the graphs' memory: nothing is drafted before the KV cache is there.
 """
 
 import json

@@ -7,7 +7,7 @@ TRITON_ATTN in the CPU backend's place, and the kernels then run in Triton's int
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.gpu.block_table import BlockTables
+
+    from vllm_msd.kernels import LayerCaches
 
 
 def attends_over_paths() -> bool:
@@ -90,7 +92,7 @@ def bind_kv(
         bind_scratch(kv_cache_config, layers)
         return settle_cpu
 
-    from vllm_msd.kernels import LayerCaches, settle
+    from vllm_msd.kernels import settle
     from vllm_msd.vllm_plugin.gpu.attention import check_backend
 
     groups = []
@@ -106,22 +108,23 @@ def bind_kv(
                 f"draft trees: the attention splits KV blocks of {expected} slots into {got}. Set "
                 f"block_size to {got}, or leave tree_depth and tree_top_k out to draft chains."
             )
-        LayerCaches.of(
-            [layer.kv_cache.transpose(1, 2) for layer in targets]
-        )  # refused now, if ever
+        _caches(targets)  # what does not fit is refused here
         groups.append((targets, block_tables.input_block_tables[number]))
-    # Kept from the first settling on: vLLM measures the memory of graphs with caches that it then throws
-    # away, and views of them would keep them in memory.
+    # Kept from the first settling on: vLLM measures the memory of graphs with caches that it then
+    # throws away, and views of them would keep them in memory.
     found: list[tuple[LayerCaches, Tensor]] = []
 
     def settle_on_device(tree: TreeRows, root_rows: Tensor, nodes: Tensor) -> None:
         if not found:
-            found.extend(
-                (LayerCaches.of([layer.kv_cache.transpose(1, 2) for layer in targets]), table)
-                for targets, table in groups
-            )
+            found.extend((_caches(targets), table) for targets, table in groups)
         num_reqs = len(nodes)
         for caches, block_table in found:
             settle(caches, block_table[:num_reqs], tree.tree_start[:num_reqs], nodes)
 
     return settle_on_device
+
+
+def _caches(layers: list[Any]) -> LayerCaches:
+    from vllm_msd.kernels import LayerCaches
+
+    return LayerCaches.of([layer.kv_cache.transpose(1, 2) for layer in layers])
