@@ -60,8 +60,8 @@ def speed(name: str, result: dict[str, Any]) -> str:
         "more, the one process of this run prepared images between its steps, which held up all "
         "arms, as the median steps show: there they do not compare the arms. *Kernels would allow* "
         "is computed: from the time in which kernels ran, of a few traced steps, and the tokens "
-        "per verification. Why some answers of trees differ in bf16 was not examined; in fp32, on the "
-        "small pair, all are the same.",
+        "per verification. Why some answers of trees differ in bf16 was not examined; in fp32, on "
+        "the small pair, all are the same.",
         table(head, rows),
         "The file also holds an arm with sizes that follow the load. It says nothing of them, "
         "since the run captured graphs for whole trees only. The benchmark has been changed since: "
