@@ -124,7 +124,7 @@ def faults(name: str, result: dict[str, Any]) -> str:
         outcome = ", ".join(
             figure
             for what, found in report.items()
-            if what not in ("provenance", "memory_mib")
+            if what not in ("provenance", "memory_at_rest")
             for figure in _figures(what.replace("_", " "), found)
         )
         tried = part.replace("-", " ")

@@ -24,6 +24,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_msd.storage import PARTIAL
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 _HAS_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # asks only; waitpid reads the exit code
 _MET = ("not at all", "before a step", "between steps", "after the last step")
@@ -147,7 +149,10 @@ def _train(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _convert(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill a conversion so often; how many drafts were there after the kill, whole or not."""
+    """Kill a conversion so often; how many drafts were there after the kill, whole or not.
+
+    A kill in three waits for a file to be begun, so that it meets the writing.
+    """
     source, whole = folder / "source", folder / "whole"
     if not _run_alone(lambda: _write_large_draft(source)):
         raise RuntimeError("the draft cannot be written")
@@ -167,7 +172,9 @@ def _convert(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
             config = json.loads((target / "config.json").read_text())
             (target / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
         force = ["--force"] if number % 3 == 2 else []
-        ended = _run(["convert", str(source), str(target), *force], rng.uniform(0, seconds))
+        writes, moment = partial(_has, target, "*" + PARTIAL), rng.uniform(0, 0.1)
+        when = (moment, writes) if rng.random() < 1 / 3 else (rng.uniform(0, seconds),)
+        ended = _run(["convert", str(source), str(target), *force], *when)
         code, seconds = ended.code, ended.length(seconds)
         if code is not None:
             met["not at all"] += 1
@@ -244,6 +251,11 @@ def _regenerate(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     return {"kills": kills, "seconds_of_a_run": round(seconds, 1), "met": met, "different": 0}
 
 
+def _has(folder: Path, pattern: str) -> bool:
+    """Whether a folder is there with a file of such a name."""
+    return any(folder.glob(pattern))
+
+
 def _journal(output: Path) -> Path:
     return output.with_name(output.name + ".journal")
 
@@ -262,7 +274,10 @@ def _is_writing(output: Path, conversations: int) -> bool:
 
 
 def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill the counting so often; where the kills met it."""
+    """Kill the counting so often; where the kills met it.
+
+    A kill in three waits for the first place that is kept.
+    """
     from tests.common import tiny
     from tests.common.conversations import write_conversations
     from vllm_msd.training import vocabulary
@@ -287,7 +302,9 @@ def _trim(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         if sum(met.values()) - met["not at all"] == kills:
             break
         output = folder / f"run-{number}"
-        ended = _run(command(output.name), rng.uniform(0.0, seconds))
+        moment, keeps = rng.uniform(0.0, seconds), partial(_has, output, vocabulary.COUNTS)
+        when = (moment / 4, keeps) if rng.random() < 1 / 3 else (moment,)
+        ended = _run(command(output.name), *when)
         code, seconds = ended.code, ended.length(seconds)
         place = output / vocabulary.COUNTS
         done = json.loads(place.read_text())["done"] if place.is_file() else 0

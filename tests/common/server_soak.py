@@ -8,8 +8,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import httpx
@@ -23,9 +21,10 @@ from tests.common.worker import HANGS
 REQUESTS = 500
 TIMES = 2  # that a server under MSD gets all of them: the first time much is met for the first time
 CONCURRENCY = 64
-# More growth than without speculation, at most, from the second quarter to the last. A leak of
-# 200 KiB a request shows as 100 MiB.
-MEMORY_MARGIN_MIB = 32
+# Growth at rest, at most, from after the first time to after the last: what a worker has in use
+# (a leak of 8 KiB a request shows), its small Python objects (5 a request), and what all of the
+# server's processes have in memory, the holes between what is in use among it.
+MARGINS = {"in_use_mib": 4.0, "python_blocks": 2_500.0, "resident_mib": 32.0}
 # What lets resident memory show what is in use. glibc keeps the room of freed tensors up to 32 MiB
 # between what is still in use. Each step of trees needs other sizes, so the holes grow for a
 # thousand requests. Under a fixed threshold, large tensors go back at once. oneDNN keeps code for
@@ -111,72 +110,57 @@ def key(body: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in body.items() if name != "stream"})
 
 
-@dataclass
-class Pass:
-    """Outcomes of all requests sent once, in their order, and what the server's processes had in
-    memory meanwhile (MiB, a sample each ``every`` seconds)."""
-
-    outcomes: list[Outcome]
-    memory: list[float]
-    seconds: float
-
-    @property
-    def growth(self) -> float:
-        """MiB from the second quarter to the last, medians."""
-        quarter = len(self.memory) // 4
-        if not quarter:
-            raise ValueError(f"got {len(self.memory)} samples of memory, expected 4 or more")
-        return median(self.memory[-quarter:]) - median(self.memory[quarter : 2 * quarter])
-
-
-def thin(memory: Sequence[float]) -> list[int]:
-    """About 50 of the samples."""
-    return [round(value) for value in memory[:: max(1, len(memory) // 50)]]
-
-
-def send_all(
-    server: Server, asked: Sequence[tuple[str, dict[str, Any]]], every: float = 1.0
-) -> Pass:
-    """Send all requests."""
-    memory: list[float] = []
-    started = time.perf_counter()
-    found = asyncio.run(_send_all(server, asked, memory, every))
-    return Pass(found, memory, time.perf_counter() - started)
-
-
-def leaks(watched: Pass, plain: Pass) -> bool:
-    """Whether memory grew by more than without speculation, and the margin; under `FLAT_MEMORY`."""
-    return watched.growth > max(0.0, plain.growth) + MEMORY_MARGIN_MIB
+def send_all(server: Server, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[Outcome]:
+    """Send all requests; the outcomes in their order."""
+    return asyncio.run(_send_all(server, asked))
 
 
 def soak(
-    server: Server, asked: Sequence[tuple[str, dict[str, Any]]], plain: Pass
+    server: Server, asked: Sequence[tuple[str, dict[str, Any]]]
 ) -> tuple[list[Outcome], dict[str, Any]]:
-    """Send all, `TIMES` over; all outcomes, and what the server's processes and counters say.
+    """Send all, `TIMES` over, with a rest after each time.
 
-    ``plain``: the same through a server without speculation.
+    Returns all outcomes, and what the server's processes and counters say.
     """
-    before = server.metrics()
-    sent = send_all(server, [*asked] * TIMES)
-    left = held_after(server)
+    before, started = server.metrics(), time.perf_counter()
+    outcomes: list[Outcome] = []
+    rests = []
+    for _ in range(TIMES):
+        outcomes += send_all(server, asked)
+        left = held_after(server)
+        rests.append(memory_at_rest(server))
     values = {name: value - before.get(name, 0) for name, value in server.metrics().items()}
-    return sent.outcomes, {
-        "seconds": round(sent.seconds, 1),
+    growth = grown(rests)
+    return outcomes, {
+        "seconds": round(time.perf_counter() - started, 1),
         "accepted": int(values["vllm:spec_decode_num_accepted_tokens_total"]),
         "verified": int(values["vllm:spec_decode_num_draft_tokens_total"]),
         "held": left,
-        "memory_mib": {"msd": thin(sent.memory), "plain": thin(plain.memory)},
-        "memory_growth_mib": {
-            "msd": round(sent.growth, 1),
-            "without_speculation": round(plain.growth, 1),
-        },
-        "leaks": leaks(sent, plain),
+        "memory_at_rest": rests,
+        "memory_growth": growth,
+        "leaks": leaks(growth),
     }
 
 
-async def _send_all(
-    server: Server, asked: Sequence[tuple[str, dict[str, Any]]], memory: list[float], every: float
-) -> list[Outcome]:
+def memory_at_rest(server: Server) -> dict[str, float]:
+    """The figures of `MARGINS`, of a server that nobody asks; see `worker_memory` for its start."""
+    body = {"method": "memory_in_use"}
+    reply = httpx.post(f"{server.url}/collective_rpc", json=body, timeout=HANGS)
+    (found,) = reply.raise_for_status().json()["results"]
+    return {**found, "resident_mib": round(resident(server), 1)}
+
+
+def grown(rests: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Growth of each figure from the first rest to the last."""
+    return {name: round(rests[-1][name] - rests[0][name], 1) for name in MARGINS}
+
+
+def leaks(growth: dict[str, float]) -> list[str]:
+    """Which figures have grown by more than `MARGINS`."""
+    return [name for name, margin in MARGINS.items() if growth[name] > margin]
+
+
+async def _send_all(server: Server, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[Outcome]:
     gate = asyncio.Semaphore(CONCURRENCY)
     # A connection each: the server closes one that was idle for 5 s, maybe as it is used again.
     limits = httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=0)
@@ -186,16 +170,7 @@ async def _send_all(
             async with gate:
                 return await ask(client, case, body)
 
-        async def watch() -> None:
-            while True:
-                memory.append(resident(server))
-                await asyncio.sleep(every)
-
-        watcher = asyncio.create_task(watch())
-        try:
-            return await asyncio.gather(*(one(case, body) for case, body in asked))
-        finally:
-            watcher.cancel()
+        return await asyncio.gather(*(one(case, body) for case, body in asked))
 
 
 def processes(server: Server) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.pages import __main__ as pages
 from benchmarks.pages import chart
+from tests.common.server_soak import leaks
 from tests.long.soak import PARTS, failures
 
 ROOT = Path(__file__).parents[2]
@@ -43,3 +44,8 @@ def test_serving_met_its_faults():
     assert configs["served"] + configs["refused"] >= 2000 <= sum(statuses.values())
     failed = sum(count for status, count in statuses.items() if status >= "5")
     assert failed <= requests["errors_of_vllm"] and not requests["server_ended"]
+    for run in ("first", "second"):
+        soak = result[f"server-soak-{run}"]
+        assert soak["requests"] >= 1000 and 0 < soak["accepted"] < soak["verified"]
+        assert soak["different"] == soak["left_running"] == 0
+        assert soak["held"] == {} and soak["leaks"] == leaks(soak["memory_growth"]) == []
