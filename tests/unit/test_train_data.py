@@ -1,10 +1,12 @@
 """Training data: formats, errors that name the line, marked replies, order by seed and step."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from tests.common import tiny
@@ -16,7 +18,7 @@ from vllm_msd.training.data import index
 from vllm_msd.training.data.index import RecordFile
 from vllm_msd.training.data.plan import DataPlan, share_of_multimodal
 from vllm_msd.training.data.records import BadRecordError, parse_record
-from vllm_msd.training.data.render import Renderer
+from vllm_msd.training.data.render import Rendered, Renderer
 
 
 def _talk(*turns, **more):
@@ -149,3 +151,23 @@ def test_token_ids_of_a_batch_are_padded_on_the_asked_side():
     left = collate(rows, 9, left=True)
     assert left.input_ids.tolist() == [[9, 0, 1], [0, 1, 2]]
     assert left.attention_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+def test_records_of_large_steps_come_from_workers_with_few_open_files():
+    def record(number: int) -> Rendered:
+        picture = torch.full((1, 3, 200 if number % 50 == 0 else 20, 200), float(number))
+        ids = torch.arange(number, number + 3)
+        return Rendered(ids, ids % 2 == 0, {"pixel_values": picture})
+
+    steps = [[record(number) for number in range(100)] for _ in range(3)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+    try:
+        found = list(DataLoader(steps, batch_size=None, num_workers=2, collate_fn=list, timeout=20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(found) == 3
+    for one, other in zip(steps[0], found[2], strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.answer_mask, other.answer_mask)
+        assert torch.equal(one.extras["pixel_values"], other.extras["pixel_values"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,8 @@ from vllm_msd.errors import ConfigError
 from vllm_msd.training.data.images import load_image
 from vllm_msd.training.data.records import BadRecordError, Record
 
+# Bytes of a tensor that is copied to another process, see `Rendered`.
+_LARGEST_COPIED = 1 << 18
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -28,6 +31,28 @@ class Rendered:
     input_ids: Tensor
     answer_mask: Tensor
     extras: dict[str, Tensor]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, small tensors as arrays.
+
+        PyTorch hands over every tensor in an open file of its own: slow for small ones, and those
+        of a few steps are more files than a process may have.
+        """
+        extras = {name: _passed(value) for name, value in self.extras.items()}
+        return {"input_ids": _passed(self.input_ids), "answer_mask": _passed(self.answer_mask),
+                "extras": extras}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.input_ids, self.answer_mask = map(_taken, (state["input_ids"], state["answer_mask"]))
+        self.extras = {name: _taken(value) for name, value in state["extras"].items()}
+
+
+def _passed(value: Tensor) -> Tensor | np.ndarray:
+    return value if value.nbytes > _LARGEST_COPIED else value.numpy()
+
+
+def _taken(value: Tensor | np.ndarray) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(value)
 
 
 class Renderer:
