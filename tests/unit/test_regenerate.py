@@ -6,6 +6,7 @@ A real target, with kills of either side, is in ``tests/vllm/test_regenerate.py`
 import base64
 import json
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -356,6 +357,23 @@ def test_fields_that_are_no_text_stay(settings, tmp_path):
     found = rows(settings)
     assert [r["about"] for r in found] == ["\ud83d", "é"] and found[0]["n"] == float("inf")
     assert '"about": "é"' in settings.output.read_text(encoding="utf-8")
+
+
+def test_after_its_time_a_run_writes_what_is_there_and_goes_on_later(settings, server, capsys):
+    whole = replace(settings, output=settings.output.with_name("whole.json"))
+    regenerate(whole)
+    server.asked.clear()
+    # Two turns of four conversations at a time take 0.2 s or more: twelve do not fit in 0.3 s.
+    server.respond = lambda body: time.sleep(0.1) or digest(body)
+    command = ["regenerate", "--data", str(settings.data), "--output", str(settings.output),
+               "--server", server.url, "--concurrency", "4"]  # fmt: skip
+    assert main([*command, "--stop-after-minutes", str(0.3 / 60)]) == 1
+    done = len(rows(settings))
+    assert 4 <= done < COUNT and rows(settings) == rows(whole)[:done]
+    assert f"{COUNT - done} conversations were not asked for" in capsys.readouterr().err
+    assert main(command) == 0
+    assert rows(settings) == rows(whole) and not journal(settings).exists()
+    assert len(server.asked) == 2 * COUNT  # none twice
 
 
 def test_cut_replies_are_counted(settings, server, capsys):

@@ -97,6 +97,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="for a server that is away, before giving up (default: 600 s)",
     )
     parser.add_argument(
+        "--stop-after-minutes",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="ask for nothing more after this time and write what is there; the same command goes "
+        "on (default: 0, ask for all)",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="write over an output that is there, or forget a killed run with other settings",
@@ -120,6 +128,12 @@ def run_regenerate(args: argparse.Namespace) -> int:
     failures = failures_of(args.output)
     if failures.is_file():
         print(f"what is not in the output, or only in part: {failures}", file=sys.stderr)
+    if counts.not_asked:
+        print(
+            f"{counts.not_asked} conversations were not asked for in this time; the same command "
+            "goes on with them.",
+            file=sys.stderr,
+        )
     if counts.unanswered:
         print(
             f"{counts.unanswered} conversations got no answer; the same command asks for them "
@@ -127,4 +141,4 @@ def run_regenerate(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(json.dumps({"output": str(args.output), **asdict(counts)}))
-    return 1 if counts.unanswered else 0
+    return 1 if counts.unfinished else 0
