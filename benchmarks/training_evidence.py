@@ -88,18 +88,26 @@ def main() -> int:
         action="store_true",
         help="let each record pass through the target once for all runs (takes --jobs 1)",
     )
+    parser.add_argument(
+        "--train-only",
+        action="store_true",
+        help="train what is missing and stop there: the same command without this counts later, "
+        "also on another machine, which needs last/ of each run's folder",
+    )
     parser.add_argument("--work", type=Path, default=Path("build/evidence"))
     parser.add_argument("--output", type=Path, help="write figures as JSON")
     args = parser.parse_args()
     if args.cache_features and args.jobs != 1:
         parser.error("--cache-features: runs at once cannot share it. Give --jobs 1 too.")
-    restart_tuned()
+    if not args.train_only:
+        restart_tuned()
 
     from vllm_msd.demo import paths
     from vllm_msd.provenance import provenance
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    facts = provenance(**{k: v for k, v in settings.items() if k not in ("output", "jobs")})
+    no_matter = ("output", "jobs", "train_only")
+    facts = provenance(**{k: v for k, v in settings.items() if k not in no_matter})
     pair = paths.demo_pair()
     try:
         paths.use_factory()
@@ -107,6 +115,8 @@ def main() -> int:
         data = make_data(args, pair.target)
         runs = [(v, s) for s in args.seeds for v in args.variants]
         train_all(runs, args, pair.target, data)
+        if args.train_only:
+            return 0
         found = [
             {"variant": variant, "seed": seed, **measure(run_folder(args, variant, seed), args)}
             for variant, seed in tqdm(runs, desc="vllm-msd eval")
