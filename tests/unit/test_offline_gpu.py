@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 KIT = Path(__file__).parents[2] / "tools" / "offline_gpu"
-SCRIPTS = ("bench_gpu", "collect", "engines", "kit_shims", "no_c", "slim", "smoke")
+SCRIPTS = ("answer", "bench_gpu", "collect", "engines", "kit_shims", "no_c", "slim", "smoke")
 SHELL = ("prepare.sh", "unpack.sh")
 
 
@@ -101,7 +102,29 @@ def test_imported_names_exist(name):
                 )
                 assert found, f"{node.module} has no {alias.name}"
                 checked += 1
-    assert checked or name in ("collect", "no_c", "slim", "engines")
+    assert checked or name in ("answer", "collect", "no_c", "slim", "engines")
+
+
+def test_answering_engines_share_the_prompts_and_are_given_what_they_need(load, tmp_path):
+    from vllm_msd.cli.main import build_parser  # what `vllm-msd regenerate` takes
+
+    load("engines")
+    answer = load("answer")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"id": n} for n in range(7)]))
+    args = SimpleNamespace(
+        target="T", prompts=prompts, folder=tmp_path / "f", engines=3, requests=40, gib=0.5,
+        mode="graphs", max_model_len=128,
+    )  # fmt: skip
+    todo = answer.commands(args, ["--samples", "2"])
+    found = [build_parser().parse_args(command[3:]) for command in todo]
+    parts = [json.loads(Path(one.data).read_text()) for one in found]
+    assert sorted(row["id"] for part in parts for row in part) == list(range(7))
+    assert len({one.output for one in found}) == 3 and found[0].samples == 2
+    words = shlex.split(found[0].engine_args)
+    graphs = json.loads(words[words.index("--compilation-config") + 1])
+    assert graphs["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 32, 40]
+    assert words[words.index("--max-num-seqs") + 1] == "40" and "--enforce-eager" not in words
 
 
 def test_modules_of_the_smoke_test_exist(load):
