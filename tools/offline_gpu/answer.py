@@ -24,11 +24,16 @@ from engines import options
 
 def engine_arguments(requests: int, gib: float, mode: str, length: int) -> str:
     """Options of `vllm serve` for one of the engines, in one string."""
-    found: dict[str, Any] = options(mode, requests=requests, gib=gib) | {"max_model_len": length}
-    if mode == "graphs":  # as few as waste little: capturing takes a large part of the start
+    kind = "eager" if mode == "eager" else "graphs"
+    found: dict[str, Any] = options(kind, requests=requests, gib=gib) | {"max_model_len": length}
+    if mode != "eager":  # as few as waste little: capturing takes a large part of the start
         sizes = [n for n in (1, 2, 4, 8, 16, *range(32, requests, 32)) if n < requests]
         sizes.append(requests)
-        found["compilation_config"]["cudagraph_capture_sizes"] = sizes
+        graphs = found["compilation_config"]
+        if mode == "full":
+            graphs["cudagraph_mode"] = "FULL"
+            sizes += [int(requests * factor) for factor in (1.25, 1.5, 2, 3, 4)]
+        graphs["cudagraph_capture_sizes"] = sizes
     words = []
     for name, value in found.items():
         if value is False:
@@ -69,7 +74,12 @@ def main() -> int:
     parser.add_argument("--engines", type=int, default=6)
     parser.add_argument("--requests", type=int, default=256, help="at once, of an engine")
     parser.add_argument("--gib", type=float, default=6.0, help="of KV cache, of an engine")
-    parser.add_argument("--mode", choices=("graphs", "eager"), default="graphs")
+    parser.add_argument(
+        "--mode",
+        choices=("graphs", "full", "eager"),
+        default="graphs",
+        help="CUDA graphs of steps that only decode, of those with prompts too, or none",
+    )
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--print", action="store_true", help="only say what would be started")
     args, rest = parser.parse_known_args()
