@@ -9,6 +9,7 @@ from tests.common.pretended_cuda import CUDA, pretended_cuda
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.training import TrainSettings
 from vllm_msd.training.engine import Trainer
+from vllm_msd.training.evaluate import evaluate
 
 
 def test_the_pretended_device_refuses_what_a_gpu_refuses():
@@ -61,3 +62,22 @@ def test_training_keeps_to_its_device(tmp_path, monkeypatch, changes):
     _, weights = load_draft(tmp_path / "run" / "last")
     assert all(w.isfinite().all() for w in weights.values())
     assert gpu.launches["_fused_adamw_"] == 3 * 2  # two groups
+
+
+@pytest.mark.parametrize("tree", [{}, {"tree_depth": 2, "tree_top_k": 2}], ids=["chain", "tree"])
+def test_evaluation_keeps_to_its_device(tmp_path, monkeypatch, tree):
+    pair = tiny.build_pair(tmp_path / "pair", "llava")
+    _, multimodal = write_conversations(tmp_path / "data")
+    asked = {
+        "target": pair.target, "draft": pair.draft, "data": [str(multimodal)], "records": 3,
+        "num_speculative_tokens": 4, "max_tokens": 6, "target_dtype": "float32",
+        "draft_vocab": [200], **tree,
+    }  # fmt: skip
+    expected = evaluate(**asked, device="cpu")
+    with pretended_cuda() as gpu:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
+        found = evaluate(**asked)
+    assert gpu.launches["mm"] > 100
+    for name in ("all", "kinds", "draft_vocab"):
+        assert found[name] == expected[name]
