@@ -56,6 +56,16 @@ def test_costs_between_and_beyond_what_was_measured():
     assert CostTable.from_dict(table.to_dict()) == table
 
 
+def test_a_row_beyond_a_single_measured_point_is_not_free():
+    """Steps of many requests take long to time: there may be one point of them, without drafts."""
+    points = ((1, 1, 1.0), (4, 4, 2.0), (4, 20, 10.0), (16, 16, 9.0), (32, 32, 17.0))
+    table = CostTable(points, ((1, 0.5),), ((1, 0.2),))
+    np.testing.assert_allclose(table.step_seconds(16, [16, 96]), [9, 9 + 80 * 0.5])
+    np.testing.assert_allclose(table.step_seconds(32, [32, 64]), [17, 17 + 32 * 0.5])
+    np.testing.assert_allclose(table.step_seconds(24, [48]), [(9 + 32 * 0.5 + 17 + 16 * 0.5) / 2])
+    assert table.step_seconds(1, 5) == 1.0  # nothing has fewer requests
+
+
 @pytest.mark.parametrize("points", [(), ((1, 1, float("nan")),), ((1, 1, -0.1),)])
 def test_costs_that_are_none(points):
     with pytest.raises(ValueError, match="costs: got"):

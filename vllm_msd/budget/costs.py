@@ -53,10 +53,20 @@ class Curve:
         """Seconds at any counts, the same shape."""
         x = np.asarray(count, dtype=float)
         inside = np.interp(x, self.counts, self.seconds)
+        return inside + self.slope * np.maximum(x - self.counts[-1], 0)
+
+    @property
+    def slope(self) -> float:
+        """Seconds of one more beyond the last point: that of the last two; 0 for a single one."""
         if len(self.counts) == 1:
-            return inside
-        slope = (self.seconds[-1] - self.seconds[-2]) / (self.counts[-1] - self.counts[-2])
-        return inside + slope * np.maximum(x - self.counts[-1], 0)
+            return 0.0
+        run = self.counts[-1] - self.counts[-2]
+        return float((self.seconds[-1] - self.seconds[-2]) / run)
+
+    def with_slope(self, slope: float) -> "Curve":
+        """A curve of a single point, which goes on from there at ``slope`` seconds for each."""
+        counts = np.append(self.counts, self.counts[-1] + 1)
+        return Curve(counts, np.append(self.seconds, self.seconds[-1] + slope))
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,14 @@ class CostTable:
         by_requests: dict[int, list[tuple[float, float]]] = {}
         for requests, rows, seconds in self.step:
             by_requests.setdefault(requests, []).append((rows, seconds))
-        return [(n, Curve.through(by_requests[n])) for n in sorted(by_requests)]
+        curves: list[tuple[int, Curve]] = []
+        for requests in sorted(by_requests):
+            curve = Curve.through(by_requests[requests])
+            # There may have been time for one point. A row costs no less than with fewer requests.
+            if len(curve.counts) == 1 and curves:
+                curve = curve.with_slope(curves[-1][1].slope)
+            curves.append((requests, curve))
+        return curves
 
     @cached_property
     def _prefill(self) -> Curve:
