@@ -181,6 +181,21 @@ def test_choice_at_equal_counts_and_impossible_sizes():
             choose(counted, [3], size)
 
 
+def test_worker_processes_count_the_same(setting, tmp_path):
+    """Held-out records and broken ones included, which depend on the order."""
+    pair, _, _ = setting
+    renderer, _ = load_renderer(pair.target)
+    path = tmp_path / "many.jsonl"
+    with path.open("w") as file:
+        for i in range(40):
+            said = f"{i} is " + "<image>" * (i % 7 == 6)
+            turns = [{"from": "human", "value": "so?"}, {"from": "gpt", "value": said}]
+            file.write(json.dumps({"conversations": turns}) + "\n")
+    here, there = (count_replies(renderer, [RecordFile(path)], 320, workers=n) for n in (0, 3))
+    assert (here.counted == there.counted).all() and (here.held_out == there.held_out).all()
+    assert here.bad == there.bad and here.done == there.done and here.held_out.any()
+
+
 def test_no_reply_is_an_error(setting, tmp_path):
     pair, _, _ = setting
     renderer, _ = load_renderer(pair.target)

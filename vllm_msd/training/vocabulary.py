@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vllm_msd.checkpoint import load_draft_vocabulary
@@ -48,16 +49,14 @@ class ReplyCounts:
         self.about = about
         self.done = 0  # records, in the order of the files
 
-    def add(self, renderer: Renderer, file: RecordFile, number: int) -> None:
-        """Count one record's replies."""
-        try:
-            ids = renderer.reply_ids(file[number]).numpy()
-        except BadRecordError as error:
-            self.bad.append(BadRecord(file.path.name, file.line(number), str(error)))
+    def add(self, found: np.ndarray | BadRecord) -> None:
+        """Count the next record, by the tokens of its replies."""
+        if isinstance(found, BadRecord):
+            self.bad.append(found)
         else:
             is_held_out = self.done % HELD_OUT == HELD_OUT - 1
             counts = self.held_out if is_held_out else self.counted
-            np.add.at(counts, ids[ids < len(counts)], 1)
+            np.add.at(counts, found[found < len(counts)], 1)
         self.done += 1
 
     def save(self, path: Path) -> None:
@@ -94,6 +93,27 @@ class ReplyCounts:
             )
 
 
+class _Replies(Dataset):
+    """The tokens of each record's replies, or what is wrong with it."""
+
+    def __init__(self, renderer: Renderer, records: list[tuple[RecordFile, int]]) -> None:
+        self.renderer, self.records = renderer, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: int) -> np.ndarray | BadRecord:
+        file, number = self.records[place]
+        try:
+            return self.renderer.reply_ids(file[number]).numpy()
+        except BadRecordError as error:
+            return BadRecord(file.path.name, file.line(number), str(error))
+
+
+def _as_it_is(found: Any) -> Any:
+    return found
+
+
 def count_replies(
     renderer: Renderer,
     files: list[RecordFile],
@@ -101,6 +121,7 @@ def count_replies(
     place: Path | None = None,
     report: Callable[[int], None] = lambda done: None,
     records: Iterable[tuple[RecordFile, int]] | None = None,
+    workers: int = 0,
 ) -> ReplyCounts:
     """Count the tokens of all replies, as training renders them; images are not read.
 
@@ -112,6 +133,7 @@ def count_replies(
             nothing.
         report: called with the number of records done since the last call.
         records: of the files; all of them by default.
+        workers: processes that render; 0 does it in this one.
 
     Raises:
         DataError: ``place`` holds other counts, or there is no reply at all.
@@ -121,11 +143,12 @@ def count_replies(
         counts.load(place)
     if records is None:
         records = [(file, number) for file in files for number in range(len(file))]
-    todo = list(records)[counts.done :]
+    todo = _Replies(renderer, list(records)[counts.done :])
     report(counts.done)
     saved = time.monotonic()
-    for file, number in todo:
-        counts.add(renderer, file, number)
+    # Arrays go over as copies; tensors, which the loader would make of them, as open files.
+    for found in DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
+        counts.add(found)
         report(1)
         if place is not None and time.monotonic() - saved > SAVE_SECONDS:
             counts.save(place)
@@ -238,7 +261,9 @@ def training_vocabulary(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(records), unit="record", desc="tokens") as bar:
-        counts = count_replies(renderer, files, vocab_size, folder / COUNTS, bar.update, records)
+        counts = count_replies(
+            renderer, files, vocab_size, folder / COUNTS, bar.update, records, settings.workers
+        )
     return torch.from_numpy(choose(counts.counted + counts.held_out, special, size))
 
 
