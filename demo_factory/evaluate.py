@@ -10,7 +10,7 @@ Acceptance is counted on the target's greedy replies as `vllm-msd eval` does (se
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vllm_msd.training.targets import Features, Target
 from .held_out import FIRST_SEED
 from .replies import MAX_REPLY, greedy_replies, reply_text
 from .target_model import VISUAL_TOKENS
+from .walks import WALK, walks
 from .world import IMAGE_KINDS, KINDS, Sample, sample
 
 BATCH = 25
@@ -78,7 +79,10 @@ def replies_by_kind(
     """Greedy replies to held-out prompts. With `wrong_image` each prompt has another's image."""
     found: Answered = {}
     for kind in tqdm(kinds, desc="answering"):
-        samples = [sample(kind, FIRST_SEED + i, "test") for i in range(per_kind)]
+        if kind == WALK:
+            samples = walks(per_kind, FIRST_SEED, "test")
+        else:
+            samples = [sample(kind, FIRST_SEED + i, "test") for i in range(per_kind)]
         if wrong_image:
             images = [s.images for s in samples]
             for index, item in enumerate(samples):
@@ -97,21 +101,26 @@ def accuracy(target: Target, replies: Answered) -> dict[str, float]:
 
 
 def acceptance(
-    target: Target, draft: MSDDraft, replies: Answered, swap_images: bool = False
+    target: Target,
+    draft: MSDDraft,
+    replies: Answered,
+    seen: Callable[[Features], Features] | None = None,
+    visual_rows: str = "decoupled",
 ) -> dict[str, Figures]:
     """Greedy chain acceptance by kind.
 
-    swap_images: give the draft (not the target) the image of another request of that kind.
+    seen: changes what the draft (not the target) is given of questions with an image.
+    visual_rows: how the draft was trained to take them.
     """
     found: dict[str, Figures] = {}
     for kind, rows in replies.items():
-        seen = _with_other_images if swap_images and kind in IMAGE_KINDS else None
+        change = None if kind == "text" else seen
         talks = [reply for _, reply in rows]
-        found |= chain_acceptance(target, draft, talks, STEPS, batch_size=BATCH, seen=seen)
+        found |= chain_acceptance(target, draft, talks, STEPS, visual_rows, BATCH, change)
     return found
 
 
-def _with_other_images(features: Features) -> Features:
+def with_other_images(features: Features) -> Features:
     """Each request of the batch, all with one image, gets the image of the one before."""
     embeds = features.embeds.clone()
     images = embeds[features.visual].unflatten(0, (-1, VISUAL_TOKENS))
@@ -139,8 +148,11 @@ def evaluate(target_path: Path, draft_path: Path | None, per_kind: int) -> dict[
         return result
     config, state = load_draft(draft_path)
     draft = MSDDraft.from_state_dict(config, {k: v.float() for k, v in state.items()}).eval()
-    for name, swap in (("acceptance", False), ("acceptance_wrong_image_in_draft", True)):
-        found = acceptance(target, draft, replies, swap)
+    for name, seen in (
+        ("acceptance", None),
+        ("acceptance_wrong_image_in_draft", with_other_images),
+    ):
+        found = acceptance(target, draft, replies, seen)
         found["all_image_kinds"] = Figures()
         for kind in IMAGE_KINDS:
             found["all_image_kinds"].join(found[kind])

@@ -6,15 +6,22 @@ in a cell, word on a row, height of a bar) gives the tower a direct signal. It i
 after training.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .data import Labels
 from .tokenizer import PATCH_SIZE
 from .world.base import IMAGE_SIZE
 from .world.charts import INKS, LABELS, LEFT, STEPS, TOPICS
 from .world.scene import COLOURS, GROUNDS, SHAPES, SIZES
 from .world.signs import LETTER_COLUMNS, LETTERS, NUMBERS, PLATES, WORDS
+
+# The one thing in a picture of `easy-vqa` (see `real.pictures`), in the data set's words.
+FIGURES = ("circle", "rectangle", "triangle")
+PAINTS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 # Number of classes by the last part of a slot name; 0 means empty where a slot can be.
 PARTS = {
@@ -30,9 +37,11 @@ PARTS = {
     "topic": len(TOPICS),
     "ink": len(INKS),
     "labels": len(LABELS),
+    "figure": len(FIGURES),
+    "paint": len(PAINTS),
 }
 # Parts whose class 0 is a value like any other; elsewhere accuracy leaves empty slots out.
-NEVER_EMPTY = ("ground", "form", "topic", "ink", "labels")
+NEVER_EMPTY = ("ground", "form", "topic", "ink", "labels", "figure", "paint")
 SLOTS = (
     *(f"cell{c}.{part}" for c in range(9) for part in ("shape", "colour", "size")),
     "ground",
@@ -43,6 +52,8 @@ SLOTS = (
     "topic",
     "ink",
     "labels",
+    "figure",
+    "paint",
 )
 
 
@@ -101,24 +112,44 @@ class SlotReader(nn.Module):
     def forward(
         self,
         features: torch.Tensor,
-        labels: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        labels: Labels,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Sum over the parts of the mean cross-entropy, and accuracy by part.
 
         features: [I, patches, width]. labels: as in `Batch`.
         """
+        losses, accuracy = [], {}
+        for part, logits, target in self._read(features, labels):
+            losses.append(F.cross_entropy(logits, target))
+            right = _right(part, logits, target)
+            if len(right):
+                accuracy[part] = right.float().mean().item()
+        return torch.stack(losses).sum(), accuracy
+
+    def hits(self, features: torch.Tensor, labels: Labels) -> dict[str, tuple[int, int]]:
+        """By part, how many of the slots that are not empty it reads, and how many there are."""
+        found = {}
+        for part, logits, target in self._read(features, labels):
+            right = _right(part, logits, target)
+            found[part] = int(right.sum()), len(right)
+        return found
+
+    def _read(
+        self, features: torch.Tensor, labels: Labels
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Part, logits [N, classes] and right classes [N]."""
         features = self.norm(features)
         grouped: dict[str, tuple[list, list]] = {}
         for slot, (rows, values) in labels.items():
             seen, wanted = grouped.setdefault(part_of(slot), ([], []))
             seen.append(features[rows][:, window_of(slot)].flatten(1))
-            wanted.append(values)
-        losses, accuracy = [], {}
+            wanted.append(torch.from_numpy(values))
         for part, (seen, wanted) in grouped.items():
-            logits, target = self.readers[part](torch.cat(seen)).float(), torch.cat(wanted)
-            losses.append(F.cross_entropy(logits, target))
-            filled = (target > 0) | (part in NEVER_EMPTY)
-            right = (logits.argmax(-1) == target)[filled]
-            if len(right):
-                accuracy[part] = right.float().mean().item()
-        return torch.stack(losses).sum(), accuracy
+            logits = self.readers[part](torch.cat(seen)).float()
+            yield part, logits, torch.cat(wanted).to(logits.device)
+
+
+def _right(part: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Whether each slot that is not empty was read."""
+    filled = (target > 0) | (part in NEVER_EMPTY)
+    return (logits.argmax(-1) == target)[filled]

@@ -1,4 +1,4 @@
-"""Train the demo target from scratch on the procedural world (CPU, bf16 autocast).
+"""Train the demo target from scratch on the procedural world (bf16 autocast).
 
     python -m demo_factory.train_target --output build/target --minutes 55
 
@@ -13,12 +13,14 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -41,6 +43,7 @@ class TargetTraining:
         language model's first gradients would spoil what it has learned.
     compile: fuse the layers' operators with torch.compile (needs a C++ compiler), half as fast
         again on a CPU after a minute of compiling.
+    workers: of a single process, others that draw pictures and words; 0 does it between the steps.
     """
 
     output: str
@@ -58,6 +61,7 @@ class TargetTraining:
     seed: int = 1
     max_steps: int = 0
     compile: bool = False
+    workers: int = 0
 
 
 def schedule(progress: float, step: int, warmup_steps: int) -> float:
@@ -96,13 +100,17 @@ def prepare_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 class TargetTrainer:
     """Holds the state of a run; `run` goes on until the budget is spent."""
 
+    what = "target"
+
     def __init__(self, settings: TargetTraining) -> None:
         self.settings = settings
         self.folder = Path(settings.output)
-        self.tokenizer = prepare_tokenizer(self.folder)
-        self.model = build_target(self.tokenizer, settings.seed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer, self.model = self.start()
+        self.model.to(self.device)
         # Plain attention is faster than the fused kernel on CPU at these lengths, mostly backward.
-        self.model.set_attn_implementation("eager")
+        self.model.set_attn_implementation("eager" if self.device.type == "cpu" else "sdpa")
         if settings.compile:
             for layers in (
                 self.model.model.vision_tower.encoder.layers,
@@ -110,14 +118,13 @@ class TargetTrainer:
             ):
                 for layer in layers:
                     layer.compile(dynamic=True)
-        self.reader = SlotReader(self.model.config.vision_config.hidden_size)
+        self.reader = SlotReader(self.model.config.vision_config.hidden_size).to(self.device)
         self.model.model.vision_tower.register_forward_hook(self._keep_features)
         self.features = torch.empty(0)
         tower = list(self.model.model.vision_tower.parameters())
         seen = [*tower, *self.reader.parameters()]
         in_tower = {id(p) for p in tower}
-        rest = [p for p in self.model.parameters() if id(p) not in in_tower]
-        parameters = [*seen, *rest]
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in in_tower]
         groups = [
             {
                 "params": [p for p in members if (p.ndim >= 2) == decays],
@@ -127,8 +134,7 @@ class TargetTrainer:
             for members in (tower, [*self.reader.parameters(), *rest])
             for decays in (True, False)
         ]
-        self.parameters = parameters
-        self.stage_parameters = {"vision": seen, "answers": parameters}
+        self.stage_parameters = {"vision": seen, "answers": [*seen, *rest]}
         self.optimizer = torch.optim.AdamW(
             groups,
             settings.learning_rate,
@@ -141,12 +147,52 @@ class TargetTrainer:
         self.elapsed = 0.0
         self._resume()
 
+    # What another target has its own way of doing.
+
+    @property
+    def export_folder(self) -> Path:
+        """Where `export` writes."""
+        return self.folder / "model"
+
+    def start(self) -> tuple[PreTrainedTokenizerFast, LlavaForConditionalGeneration]:
+        """The tokenizer, and the model that training starts with."""
+        tokenizer = prepare_tokenizer(self.folder)
+        return tokenizer, build_target(tokenizer, self.settings.seed)
+
+    def stream(self, stage: str) -> TrainingStream:
+        """The batches of a stage; a resumed run goes on with contents that no part has used."""
+        s = self.settings
+        seed = (s.seed, stage, parallel.rank())
+        mix = VISION_MIX if stage == "vision" else MIX
+        return TrainingStream(self.tokenizer, seed, s.batch_size, s.cap, self.step, mix)
+
+    def answers_loss(
+        self, batch: Batch, images: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """What the second stage learns by, and figures for the log."""
+        losses, rows = answer_loss(self.model, batch, images)
+        figures = {"loss": losses.mean().item()}
+        for kind in sorted(set(batch.kinds)):
+            of_kind = torch.tensor([k == kind for k in batch.kinds], device=rows.device)[rows]
+            figures[f"loss.{kind}"] = losses[of_kind].mean().item()
+        return losses.mean(), figures
+
+    def export(self) -> None:
+        """Write the checkpoint folder."""
+        export_target(self.model, self.tokenizer, self.export_folder)
+
+    def stage_ended(self) -> None:
+        """Called at the end of each stage of a run."""
+
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             return
-        saved = torch.load(path, weights_only=True)
-        self.model.load_state_dict(saved["model"])
+        saved = torch.load(path, self.device, weights_only=True)
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if trained != saved["model"].keys():
+            raise ValueError(f"{path} is of another model: its weights have other names")
+        self.model.load_state_dict(saved["model"], strict=False)
         self.reader.load_state_dict(saved["reader"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.elapsed = saved["step"], saved["elapsed"]
@@ -156,7 +202,7 @@ class TargetTrainer:
     def save(self) -> None:
         """Write the resumable state and a loadable checkpoint folder."""
         state = {
-            "model": self.model.state_dict(),
+            "model": {n: p for n, p in self.model.named_parameters() if p.requires_grad},
             "reader": self.reader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -167,7 +213,7 @@ class TargetTrainer:
         partial = self.folder / "checkpoint.tmp"
         torch.save(state, partial)
         partial.replace(self.folder / "checkpoint.pt")
-        export_target(self.model, self.tokenizer, self.folder / "model")
+        self.export()
 
     def _keep_features(self, module: torch.nn.Module, inputs: tuple, output: Any) -> None:
         """Forward hook of the vision tower: patch features as the projector sees them."""
@@ -176,14 +222,9 @@ class TargetTrainer:
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
         figures: dict[str, float] = {}
         images = pixels(batch.images) if len(batch.images) else batch.images
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         if self.stage == "answers":
-            losses, rows = answer_loss(self.model, batch, images)
-            loss = loss + losses.mean()
-            figures["loss"] = losses.mean().item()
-            for kind in sorted(set(batch.kinds)):
-                of_kind = torch.tensor([k == kind for k in batch.kinds])[rows]
-                figures[f"loss.{kind}"] = losses[of_kind].mean().item()
+            loss, figures = self.answers_loss(batch, images)
         elif len(images):
             self.model.model.vision_tower(images)
         if len(images):
@@ -199,6 +240,7 @@ class TargetTrainer:
         share = self.settings.vision_share
         progress = self.elapsed / 60 / self.settings.minutes
         if self.stage == "vision" and progress >= share:
+            self.stage_ended()
             self.stage, self.stage_step = "answers", 0
         if self.stage == "vision":
             # The tower goes on learning, so its first stage ends at half rate, not at none.
@@ -216,23 +258,18 @@ class TargetTrainer:
         settings = self.settings
         return self.elapsed >= settings.minutes * 60 or (0 < settings.max_steps <= self.step)
 
+    def _batches(self, stage: str) -> Iterator[Batch]:
+        """Drawn in this process, or ahead of it in others, from the first batch asked for."""
+        workers = self.settings.workers
+        stream = self.stream(stage)
+        if not workers:
+            yield from stream
+        yield from DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4)
+
     def run(self) -> None:
         """Train until the budget (or `max_steps`) is spent, then save and write provenance."""
         settings = self.settings
-        streams = {
-            # A resumed run goes on with contents that no earlier part has used.
-            stage: iter(
-                TrainingStream(
-                    self.tokenizer,
-                    (settings.seed, stage, parallel.rank()),
-                    settings.batch_size,
-                    settings.cap,
-                    start=self.step,
-                    mix=mix,
-                )
-            )
-            for stage, mix in (("vision", VISION_MIX), ("answers", MIX))
-        }
+        streams = {stage: self._batches(stage) for stage in self.stage_parameters}
         first = parallel.rank() == 0
         log = (self.folder / "log.jsonl").open("a") if first else None
         bar = tqdm(
@@ -248,8 +285,8 @@ class TargetTrainer:
         self.model.train()
         while not self._spent():
             self._set_rate()
-            batch = next(streams[self.stage])
-            with torch.autocast("cpu", torch.bfloat16):
+            batch = next(streams[self.stage]).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16):
                 loss, figures = self._losses(batch)
             if loss.requires_grad:
                 loss.backward()
@@ -290,10 +327,11 @@ class TargetTrainer:
                 last_save = self.elapsed
                 if first:
                     self.save()
+        self.stage_ended()
         if first:
             write_record(
-                self.folder / "model",
-                "target",
+                self.export_folder,
+                self.what,
                 asdict(settings),
                 {"steps": self.step, "minutes": round(self.elapsed / 60, 1)},
             )

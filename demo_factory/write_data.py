@@ -69,11 +69,11 @@ def write_data(
 def write_records(path: Path, samples: list[Sample]) -> None:
     """Write conversations to a JSON file, and their images to ``images/`` beside it."""
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
-    rows = [_row(f"{path.stem}-{i}", item, path.parent) for i, item in enumerate(samples)]
+    rows = [row_of(f"{path.stem}-{i}", item, path.parent) for i, item in enumerate(samples)]
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _row(identity: str, item: Sample, folder: Path) -> dict[str, Any]:
+def row_of(identity: str, item: Sample, folder: Path) -> dict[str, Any]:
     turns = []
     for message in item.messages:
         text = "".join(

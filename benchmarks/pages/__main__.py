@@ -21,6 +21,7 @@ from . import (
     gpu,
     identity,
     real,
+    real_making,
     serving,
     speed,
     training,
@@ -68,6 +69,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[str, dict[str, Any]], str]]] = {
         "benchmarks/results/training.json": training.training,
         "benchmarks/results/training_walk.json": training.training_walk,
         "benchmarks/results/training_time.json": training.training_time,
+        real_making.TARGET: real_making.target,
+        real_making.DRAFTS: real_making.drafts,
         vocabulary.SOURCE: vocabulary.vocabulary,
     },
 }
@@ -106,6 +109,7 @@ def charts(root: Path = ROOT) -> dict[str, tuple[dict[str, Any], Callable[..., N
         picture: (name, training_chart) for name, picture in training_chart.PICTURES.items()
     }
     others[vocabulary.PICTURE] = (vocabulary.SOURCE, vocabulary)
+    others[real_making.PICTURE] = (real_making.DRAFTS, real_making)
     for picture, (name, drawing) in others.items():
         if (root / name).is_file():
             found[f"docs/{picture}"] = (drawing.content(read(name, root)), drawing.draw)

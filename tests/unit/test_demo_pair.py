@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from demo_factory.data import encode, pixels
-from demo_factory.evaluate import acceptance, replies_by_kind
+from demo_factory.evaluate import acceptance, replies_by_kind, with_other_images
 from demo_factory.target_model import VISUAL_TOKENS
 from demo_factory.world import IMAGE_KINDS, sample
 from vllm_msd.checkpoint import check_draft_fits_target, load_draft
@@ -89,8 +89,8 @@ def test_draft_fits_and_another_image_does_not_help_it(target):
     whole = Target.load(demo_pair().target, "float32")
     replies = replies_by_kind(whole, 3, IMAGE_KINDS, max_tokens=48)
     right, wrong = (
-        summary(acceptance(whole, draft, replies, swap_images=swap))["all"]["acceptance_length"]
-        for swap in (False, True)
+        summary(acceptance(whole, draft, replies, seen))["all"]["acceptance_length"]
+        for seen in (None, with_other_images)
     )
     assert 2.0 < right < 5.9
     # The first pair's draft hardly looks at images, so equal is what a small sample shows.

