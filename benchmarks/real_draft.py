@@ -1,14 +1,13 @@
-"""Drafts for the real target: with more and less data, with pictures in the draft and without.
+"""Drafts for the real target: acceptance as data went by, with pictures in the draft and without.
 
     python -m benchmarks.real_draft --work build/real --output benchmarks/results/real_draft.json
-    python -m benchmarks.real_draft --work build/real --variants text-300 text-600 --train-only
+    python -m benchmarks.real_draft --work build/real --variants coupled --train-only
 
 Works on what `python -m demo_factory.real.build` left in --work. Each variant is a draft:
 
-text-N    the first stage, one pass over N of the talks: acceptance against data
-text      the build's own first stage, one pass over all of them
-final     the build's own second stage, visual rows decoupled: what ships
-coupled   the same with visual rows through the fusion layer, as in EAGLE
+text      the build's first stage, one pass over talks; with what it accepted on the way
+final     the build's second stage, visual rows decoupled: what ships
+coupled   the same with visual rows through the fusion layer, as in EAGLE; trained here
 
 Acceptance is counted as ``vllm-msd eval`` does, five drafted tokens a verification, on held-out
 prompts, and of the second stage on questions about pictures, too: with the picture, with another
@@ -28,9 +27,8 @@ from tqdm import tqdm
 from vllm_msd.errors import ConfigError, MSDError
 from vllm_msd.storage import write_json
 
-FIRST, SECOND = ("text-300", "text-600", "text-1200", "text"), ("final", "coupled")
+VARIANTS = ("text", "final", "coupled")
 OF_BUILD = {"text": "draft-text", "final": "draft"}  # folders of its own runs
-BATCH_SIZE = 16  # of the first stage
 PROMPTS, PER_KIND = 200, 30
 
 
@@ -42,8 +40,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--work", type=Path, default=Path("build/real"), help="folder of a build")
-    every = FIRST + SECOND
-    parser.add_argument("--variants", nargs="+", choices=every, default=every)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--train-only", action="store_true", help="leave the counting out")
     parser.add_argument("--output", type=Path, help="write figures as JSON")
     parser.add_argument(
@@ -82,20 +79,17 @@ def train(name: str, work: Path, more: list[str]) -> None:
     from vllm_msd.demo.real.pair import real_target
 
     output = folder_of(name, work)
-    talks = "--text-data", str(work / "own" / "own.json")
     if name in OF_BUILD:
         if not (output / "best").is_dir():
             raise ConfigError(f"{output}: no draft. `python -m demo_factory.real.build` makes it.")
-    elif name in FIRST:
-        steps = str(int(name.removeprefix("text-")) // BATCH_SIZE)
-        target = real_target(say, tuned=None)
-        trained_draft("draft-text", target, output, *talks, "--steps", steps, *more)
-    else:
-        target = real_target(say, tuned=work / "target" / "pictures")
-        pictures = "--multimodal-data", str(work / "pictures" / "pictures.json")
-        first = "--init", str(work / OF_BUILD["text"] / "best")
-        rows = "--visual-rows", "coupled"
-        trained_draft("draft", target, output, *talks, *pictures, *first, *rows, *more)
+        return
+    target = real_target(say, tuned=work / "target" / "pictures")
+    data = [
+        *("--text-data", str(work / "own" / "own.json")),
+        *("--multimodal-data", str(work / "pictures" / "pictures.json")),
+        *("--init", str(folder_of("text", work) / "best"), "--visual-rows", "coupled"),
+    ]
+    trained_draft("draft", target, output, *data, *more)
 
 
 def measure(name: str, work: Path) -> dict[str, Any]:
@@ -105,9 +99,15 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     if not kept.is_file():
         write_json(kept, count(name, work))
     about = json.loads((folder / "best" / "provenance.json").read_text())
-    parts = {part: about[part] for part in ("steps", "minutes", "machine", "versions", "data")}
-    parts["records"] = about["steps"] * about["settings"]["batch_size"]
-    return {**json.loads(kept.read_text()), **parts}
+    parts = {part: about[part] for part in ("minutes", "machine", "versions", "data")}
+    size = about["settings"]["batch_size"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    learning = [
+        {"records": row["step"] * size, "acceptance_length": row["acceptance_length"]["all"]}
+        for row in log
+        if "acceptance_length" in row
+    ]
+    return {**json.loads(kept.read_text()), **parts, "learning": learning}
 
 
 def count(name: str, work: Path) -> dict[str, Any]:
@@ -122,14 +122,14 @@ def count(name: str, work: Path) -> dict[str, Any]:
     from vllm_msd.training.evaluate import evaluate
     from vllm_msd.training.targets import Target
 
-    folder = real_target(say, tuned=None if name in FIRST else work / "target" / "pictures")
+    folder = real_target(say, tuned=None if name == "text" else work / "target" / "pictures")
     draft_folder = folder_of(name, work) / "best"
     text = evaluate(
         folder, draft_folder, [str(work / "held_out.json")], records=PROMPTS,
         target_dtype="float32", device="cpu", batch_size=16,
     )  # fmt: skip
     found: dict[str, Any] = {"text": {"all": text["all"], "kinds": text["kinds"]}}
-    if name in FIRST:
+    if name == "text":
         return found
     target = Target.load(folder, "float32")
     config, state = load_draft(draft_folder)

@@ -284,6 +284,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": about["steps"],
         "minutes": about["minutes"],
+        "trained_on": about["machine"].get("gpu") or about["machine"]["processor"],
         "eval": {"all": figures["all"], "kinds": figures["kinds"]},
     }
 

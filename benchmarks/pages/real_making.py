@@ -49,7 +49,7 @@ def drafts(name: str, result: dict[str, Any]) -> str:
     rows = [
         (
             variant,
-            f"{one['records']:,}",
+            f"{one['learning'][-1]['records']:,}",
             f"{one['minutes']:.0f}",
             *(one["text"]["kinds"][kind]["acceptance_length"] for kind in ("chat", "question")),
             one["text"]["all"]["acceptance_length"],
@@ -59,10 +59,10 @@ def drafts(name: str, result: dict[str, Any]) -> str:
     parts = [
         "### The real pair's drafts",
         "Tokens per verification of greedy chains of five on "
-        f"{result['settings']['prompts']} held-out prompts, by `vllm-msd eval`. `text-N` is the "
-        "first stage with one pass over N talks, `text` over all, `final` the second stage, which "
-        "goes on from it with pictures mixed in:",
-        table(["draft", "records seen", "minutes", "chat", "questions", "all"], rows),
+        f"{result['settings']['prompts']} held-out prompts, by `vllm-msd eval`. `text` is the "
+        "first stage, `final` the second, which goes on from it with pictures mixed in:",
+        table(["draft", "records", "minutes", "chat", "questions", "all"], rows),
+        "The first stage sees each talk once, so its progress is also what more data would bring:",
         f"![Tokens per verification by records seen]({PICTURE})",
     ]
     seeing = {variant: one for variant, one in found.items() if "own" in one}
@@ -80,12 +80,11 @@ def drafts(name: str, result: dict[str, Any]) -> str:
 
 
 def content(result: dict[str, Any]) -> dict[str, Any]:
-    """What the chart shows: first stages, by records."""
-    first = [one for name, one in result["variants"].items() if name.startswith("text")]
-    first.sort(key=lambda one: one["records"])
+    """What the chart shows: the first stage, by records."""
+    learning = result["variants"]["text"]["learning"]
     return {
-        "records": [one["records"] for one in first],
-        "lengths": [round(one["text"]["all"]["acceptance_length"], 3) for one in first],
+        "records": [one["records"] for one in learning],
+        "lengths": [round(one["acceptance_length"], 3) for one in learning],
     }
 
 

@@ -1,5 +1,6 @@
 """What training gives and costs."""
 
+from collections import Counter
 from statistics import mean
 from typing import Any
 
@@ -38,9 +39,17 @@ def training_walk(name: str, result: dict[str, Any]) -> str:
                 [(*row, *["-"] * (places + 2 - len(row))) for row in rows],
             ),
             *_compared(result),
+            _trained_on(result),
             *_shown(name, result),
         ]
     )
+
+
+def _trained_on(result: dict[str, Any]) -> str:
+    """Where the runs were trained: all were counted on the machine below."""
+    machines = Counter(run["trained_on"] for run in result["runs"])
+    listed = ", ".join(f"{count} on {name}" for name, count in machines.items())
+    return f"Of the {len(result['runs'])} runs {listed}; all were counted on the machine below."
 
 
 def _shown(name: str, result: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from .build import prompts_in, say
 from .pictures import ANSWERS, easy_test
 
 WALKS = 150
+TALKS = 150  # held-out prompts
 SEED = 70_000
 BATCH = 8
 
@@ -79,7 +80,7 @@ def evaluate(folder: Path, tuned: Path, per_kind: int) -> dict[str, Any]:
     """All figures, ready for JSON."""
     base, seeing = real_target(say, tuned=None), real_target(say, tuned=tuned)
     _, held_out = prompts_in(folder)
-    talks = answer("held-out", held_out, folder / "own", base)
+    talks = answer("held-out", held_out[:TALKS], folder / "own", base)
     before = perplexity(Target.load(base, "float32"), talks)
     target = Target.load(seeing, "float32")
     after = perplexity(target, talks)
@@ -87,7 +88,7 @@ def evaluate(folder: Path, tuned: Path, per_kind: int) -> dict[str, Any]:
     found["accuracy"]["easy-vqa"] = easy_accuracy(target, per_kind)
     found["walks"] = {"requests": WALKS, "sorts": reading(seeing, WALKS, SEED)}
     found["perplexity"] = {
-        "replies": len(held_out),
+        "replies": TALKS,
         "before": round(before, 4),
         "after": round(after, 4),
         "change": round(after / before - 1, 4),

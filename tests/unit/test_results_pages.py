@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import __main__ as pages
-from benchmarks.pages import chart, decoding, identity, training, training_chart, vocabulary
+from benchmarks.pages import (
+    chart,
+    decoding,
+    identity,
+    real_making,
+    training,
+    training_chart,
+    vocabulary,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +138,10 @@ def of_walks():
                 "signs": {"own": [1.0], "other": [0.5]},
             },
         },
-        "runs": [{"identical": 10, "requests": 10}, {"identical": None, "requests": 10}],
+        "runs": [
+            {"identical": 10, "requests": 10, "trained_on": "one"},
+            {"identical": None, "requests": 10, "trained_on": "another"},
+        ],
     }
 
 
@@ -140,6 +151,47 @@ def test_section_of_walks():
     assert "10 held-out questions; 2 seeds of 9 steps" in text and "10 of 10 answers" in text
     assert "| `three-step-dropped` | 0.50 | 0.25 |" in text
     assert "pictures/training_walk.svg" in text
+    assert "Of the 2 runs 1 on one, 1 on another" in text
+
+
+def test_sections_and_chart_of_the_real_pair(tmp_path):
+    facts = {"date": "2026-01-01", "machine": {"cores": 2}, "versions": {"vllm": "0.32.0"}}
+    kinds = {"right": 0.75, "random_guess": 0.25, "wrong_image": 0.5}
+    target = {
+        **facts,
+        "settings": {"per_kind": 4},
+        "accuracy": {"vqa": kinds, "easy-vqa": {**kinds, "questions": 26}},
+        "slots": {"vision": {"all": 0.75}, "answers": {"all": 0.5}},
+        "walks": {"sorts": {"signs": {"own": [1.0, 0.75], "other": [0.5, 0.25]}}},
+        "perplexity": {"replies": 9, "before": 3.0, "after": 3.06, "change": 0.02},
+    }
+    text = real_making.target(real_making.TARGET, target)
+    assert "| vqa | 0.75 | 0.25 | 0.50 |" in text and "(26 of `easy-vqa`'s own test" in text
+    assert "reads 75.0% of held-out slots" in text and "signs 0.75; with another" in text
+    assert "3.060 (+2.0%)" in text
+
+    def length(value):
+        return {"acceptance_length": value}
+
+    def draft(**seen):
+        text = {"all": length(2.5), "kinds": {"chat": length(2.75), "question": length(1.5)}}
+        learning = [{"records": 32 * n, "acceptance_length": 1.0 + n} for n in (1, 2)]
+        return {"text": text, "minutes": 7.0, "learning": learning, **seen}
+
+    shown = {seen: {"vqa": length(3.0 - n)} for n, seen in enumerate(("own", "other", "grey"))}
+    drafts = {
+        **facts,
+        "settings": {"prompts": 11, "per_kind": 4},
+        "variants": {"text": draft(), "final": draft(**shown)},
+    }
+    text = real_making.drafts(real_making.DRAFTS, drafts)
+    assert "| final | 64 | 7 | 2.75 | 1.50 | 2.50 |" in text
+    assert "`final` on 4 held-out" in text and "`text` on" not in text
+    assert "| vqa | 3.00 | 2.00 | 1.00 |" in text
+    content = real_making.content(drafts)
+    assert content == {"records": [32, 64], "lengths": [2.0, 3.0]}
+    real_making.draw(content, tmp_path / "chart.svg")
+    assert chart.shows(tmp_path / "chart.svg", content)
 
 
 def test_chart_of_training_names_what_vllm_cannot_serve(tmp_path):
