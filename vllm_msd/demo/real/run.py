@@ -1,4 +1,4 @@
-"""The real pair answers held-out prompts with and without MSD."""
+"""The real pair answers held-out prompts and questions about pictures, with and without MSD."""
 
 import json
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_msd.demo.real.pair import NAME, real_pair, real_samples
+from vllm_msd.demo.samples import WORLD_KINDS, held_out_samples
 from vllm_msd.demo.terminal import (
     compare_aloud,
     print_acceptance,
@@ -15,6 +16,7 @@ from vllm_msd.demo.terminal import (
 )
 from vllm_msd.measure.compare import Comparison, figures
 from vllm_msd.measure.engine import SHORT, Drafting, timed_dtype
+from vllm_msd.measure.inputs import Sample
 from vllm_msd.provenance import provenance
 
 MAX_TOKENS = 128
@@ -45,13 +47,18 @@ class RealFigures:
         }
 
 
+def pictured_samples() -> list[Sample]:
+    """A held-out question about a drawn picture of each kind."""
+    return [one for one in held_out_samples(len(WORLD_KINDS)) if one.images]
+
+
 def measure_real(
     count: int, num_speculative_tokens: int, dtype: str, timeout: float | None = None
 ) -> RealFigures:
-    """Answer ``count`` prompts, greedily and one at a time: in fp32 for identity, then timed.
+    """Answer prompts and questions, greedily and one at a time: in fp32 for identity, then timed.
 
     Args:
-        count: of prompts.
+        count: of prompts by people; a question about a drawn picture of each kind comes besides.
         num_speculative_tokens: of the chain.
         dtype: to time in.
         timeout: of the download, where the model is not in the cache yet (s).
@@ -61,7 +68,7 @@ def measure_real(
         StorageError: the model cannot be fetched.
         CheckpointError: what came is another model.
     """
-    samples = real_samples(count)
+    samples = [*real_samples(count), *pictured_samples()]
     pair = real_pair(print_line, timeout)
     draftings = {CHAIN: Drafting(num_speculative_tokens)}
     print(f"\n{NAME}, a real language model, fp32: starting vLLM without and with MSD", flush=True)

@@ -9,7 +9,7 @@ from vllm_msd.measure.engine import SHORT
 from vllm_msd.measure.report.bars import bars
 from vllm_msd.measure.report.parts import number, panel, tile, times
 
-SHOWN = 3  # answers
+SHOWN = 2  # answers to prompts, and to questions about pictures
 
 
 def real_section(real: Any) -> str:
@@ -58,10 +58,14 @@ def real_section(real: Any) -> str:
         f"Batch 1, greedy, {SHORT[real.dtype]}; the engines took turns on the same cores.",
         bars([(label, rate, number(rate, 1), colour) for label, rate, colour in rates], fastest),
     )
+    pictured = [one for one in real.answers if one.sample.images]
+    spoken = [one for one in real.answers if not one.sample.images]
+    shown = [*spoken[:SHOWN], *pictured[:SHOWN]]
     return (
         f"{head}<p>SmolLM2-135M-Instruct, 135 million parameters, as the language model of a LLaVA "
-        "at its own size: nothing is widened here. Its draft was trained on replies of its own; it "
-        "answers prompts by people that training never saw.</p>"
+        "at its own size: nothing is widened here. It was taught to see, and its draft was trained "
+        "on replies of its own. It answers prompts by people that training never saw, and "
+        "questions about drawn pictures.</p>"
         f'<div class="tiles">{"".join(tiles)}</div><div class="panels">{panels}</div>'
-        "<h3>Some of its answers</h3>" + "".join(card(one) for one in real.answers[:SHOWN])
+        "<h3>Some of its answers</h3>" + "".join(card(one) for one in shown)
     )
