@@ -1,6 +1,6 @@
 """Measure what draft vocabularies bring and cost in vLLM: decoding speed and accepted tokens.
 
-    python -m benchmarks.bench_vocabulary --real build/real/replies.json \\
+    python -m benchmarks.bench_vocabulary --real build/real/own/own.json \\
         --num-prompts 18 --rounds 2 --max-tokens 96 --output benchmarks/results/vocabulary.json
     python -m benchmarks.bench_vocabulary --target T --draft D --trimmed D-8k D-16k \\
         --data replies.jsonl
@@ -15,8 +15,9 @@ of no speculation where nothing rounds (float32).
 --real takes the real language model's pair and people's prompts that its draft never saw. Its draft
 was trained with a vocabulary of 8,192 tokens, which only the head knows of, so any other size is a
 matter of counting: the file that --real names holds replies of the target (`python -m
-demo_factory.real.draft` leaves one), and --sizes are made from it. ``whole`` is the same draft over
-all tokens of the target. What lies outside the 8,192 it has learned by the hidden states alone.
+demo_factory.real.build --until own` leaves one), and --sizes are made from it. ``whole`` is the
+same draft over all tokens of the target. What lies outside the 8,192 it has learned by the hidden
+states alone.
 
 On a CPU the engines share the target's weights; starting one needs room for them twice.
 """

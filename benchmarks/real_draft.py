@@ -5,13 +5,14 @@
 
 Works on what `python -m demo_factory.real.build` left in --work. Each variant is a draft:
 
-text      the build's first stage, one pass over talks; with what it accepted on the way
+text      the build's first stage, one pass over talks; with what was accepted of it on the way
 final     the build's second stage, visual rows decoupled: what ships
 coupled   the same with visual rows through the fusion layer, as in EAGLE; trained here
 
-Acceptance is counted as ``vllm-msd eval`` does, five drafted tokens a verification, on held-out
-prompts, and of the second stage on questions about pictures, too: with the picture, with another
-one's in the draft, and with a grey one. What is done is kept in --work, so a broken call goes on.
+Acceptance is counted as ``vllm-msd eval`` does, on the target that sees, five drafted tokens a
+verification, on held-out prompts, and of the second stage on questions about pictures, too: with
+the picture, with another one's in the draft, and with a grey one. What is done is kept in --work,
+so a broken call goes on.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def count(name: str, work: Path) -> dict[str, Any]:
     from vllm_msd.training.evaluate import evaluate
     from vllm_msd.training.targets import Target
 
-    folder = real_target(say, tuned=None if name == "text" else work / "target" / "pictures")
+    folder = real_target(say, tuned=work / "target" / "pictures")
     draft_folder = folder_of(name, work) / "best"
     text = evaluate(
         folder, draft_folder, [str(work / "held_out.json")], records=PROMPTS,

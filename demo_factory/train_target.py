@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from vllm_msd.errors import CheckpointError, ConfigError
+
 from . import parallel
 from .data import MIX, VISION_MIX, Batch, TrainingStream, pixels
 from .records import write_record
@@ -62,6 +64,13 @@ class TargetTraining:
     max_steps: int = 0
     compile: bool = False
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workers and self.processes > 1:
+            raise ConfigError(
+                f"workers: got {self.workers} and {self.processes} processes. Only one process can "
+                "have workers: give --processes 1, or --workers 0."
+            )
 
 
 def schedule(progress: float, step: int, warmup_steps: int) -> float:
@@ -191,7 +200,10 @@ class TargetTrainer:
         saved = torch.load(path, self.device, weights_only=True)
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         if trained != saved["model"].keys():
-            raise ValueError(f"{path} is of another model: its weights have other names")
+            raise CheckpointError(
+                f"{path} is of another model: its weights have other names. Delete it, or give "
+                "another --output."
+            )
         self.model.load_state_dict(saved["model"], strict=False)
         self.reader.load_state_dict(saved["reader"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -262,9 +274,9 @@ class TargetTrainer:
         """Drawn in this process, or ahead of it in others, from the first batch asked for."""
         workers = self.settings.workers
         stream = self.stream(stage)
-        if not workers:
-            yield from stream
-        yield from DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4)
+        if workers:
+            stream = DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4)
+        yield from stream
 
     def run(self) -> None:
         """Train until the budget (or `max_steps`) is spent, then save and write provenance."""

@@ -74,6 +74,7 @@ def write_records(path: Path, samples: list[Sample]) -> None:
 
 
 def row_of(identity: str, item: Sample, folder: Path) -> dict[str, Any]:
+    """A conversation as files have it; its image is written to ``images/`` in the folder."""
     turns = []
     for message in item.messages:
         text = "".join(

@@ -60,9 +60,11 @@ def drafts(name: str, result: dict[str, Any]) -> str:
         "### The real pair's drafts",
         "Tokens per verification of greedy chains of five on "
         f"{result['settings']['prompts']} held-out prompts, by `vllm-msd eval`. `text` is the "
-        "first stage, `final` the second, which goes on from it with pictures mixed in:",
+        "first stage, `final` the second, which goes on from it with pictures mixed in; all on the "
+        "target that sees:",
         table(["draft", "records", "minutes", "chat", "questions", "all"], rows),
-        "The first stage sees each talk once, so its progress is also what more data would bring:",
+        "On the way through its one pass over the talks, counted on held-out ones with replies of "
+        "all temperatures, the first stage was at:",
         f"![Tokens per verification by records seen]({PICTURE})",
     ]
     seeing = {variant: one for variant, one in found.items() if "own" in one}

@@ -1,6 +1,5 @@
 """What training gives and costs."""
 
-from collections import Counter
 from statistics import mean
 from typing import Any
 
@@ -47,9 +46,11 @@ def training_walk(name: str, result: dict[str, Any]) -> str:
 
 def _trained_on(result: dict[str, Any]) -> str:
     """Where the runs were trained: all were counted on the machine below."""
-    machines = Counter(run["trained_on"] for run in result["runs"])
-    listed = ", ".join(f"{count} on {name}" for name, count in machines.items())
-    return f"Of the {len(result['runs'])} runs {listed}; all were counted on the machine below."
+    places: dict[str, list[str]] = {}
+    for run in result["runs"]:
+        places.setdefault(run["trained_on"], []).append(f"{run['variant']} {run['seed']}")
+    listed = "; ".join(f"on {name}: {', '.join(runs)}" for name, runs in places.items())
+    return f"Trained, with the seed, {listed}. All were counted on the machine below."
 
 
 def _shown(name: str, result: dict[str, Any]) -> list[str]:

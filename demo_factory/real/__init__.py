@@ -1,1 +1,1 @@
-"""How the real pair's draft was made: prompts people wrote, the target's own replies, training."""
+"""How the real pair was made: prompts people wrote, own replies, a target that sees, its draft."""

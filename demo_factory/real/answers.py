@@ -1,13 +1,14 @@
 """Lets a target answer prompts: a third greedily, a third each at temperatures 0.7 and 1."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 
-from vllm_msd.errors import MSDError
+from vllm_msd.errors import ConfigError, MSDError
 from vllm_msd.measure.engine import timed_dtype
 from vllm_msd.storage import write_json
 
@@ -27,8 +28,8 @@ def regenerate_command(
 ) -> list[str]:
     """What answers a file of prompts; with ``engine``, vLLM's options instead of this file's."""
     options = engine or f"{ENGINE} --max-num-seqs {CONCURRENCY} --dtype {timed_dtype()}"
-    words = engine.split()
-    at_once = words[words.index("--max-num-seqs") + 1] if "--max-num-seqs" in words else CONCURRENCY
+    given = re.search(r"--max-num-seqs[ =](\d+)", engine)
+    at_once = given[1] if given else CONCURRENCY
     return [
         *("regenerate", "--data", str(data), "--output", str(output), "--target", str(target)),
         *("--temperature", str(temperature), "--max-tokens", str(MAX_TOKENS)),
@@ -54,7 +55,11 @@ def answer(
         target: who answers.
         samples: replies to each prompt; one greedily.
         engine: options of vLLM's engine.
-        jobs: engines at once.
+        jobs: engines at once; from 6 on each temperature's prompts are dealt out to several.
+
+    Raises:
+        ConfigError: the folder holds other prompts of this name.
+        MSDError: an engine did not answer all; the same call asks for the rest.
     """
     joined = folder / f"{name}.json"
     if joined.is_file():
@@ -62,11 +67,15 @@ def answer(
     folder.mkdir(parents=True, exist_ok=True)
 
     def ask(temperature: float, part: int, rows: list[dict]) -> list[dict]:
-        place = f"{name}-{temperature}" + (f"-{part}" if parts > 1 else "")
+        place = f"{name}-{temperature}" + (f"-{part}of{parts}" if parts > 1 else "")
         asked, answered = folder / f"{place}-asked.json", folder / f"{place}.jsonl"
         if not asked.is_file():
             write_json(asked, rows)
-        if not answered.is_file():
+        elif json.loads(asked.read_text("utf-8")) != rows:
+            raise ConfigError(f"{asked} holds other prompts. Give another --output, or delete it.")
+        # What could not be answered is left out of the file, and the journal stays.
+        journal = answered.with_name(answered.name + ".journal")
+        if not answered.is_file() or journal.is_file():
             times = samples if temperature else 1
             run(regenerate_command(asked, answered, target, temperature, times, engine))
         return [json.loads(line) for line in answered.read_text("utf-8").splitlines()]

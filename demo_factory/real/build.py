@@ -10,11 +10,8 @@ command goes on. The package's own files stay: `target/pictures` and `draft` lie
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-
-import torch
 
 from vllm_msd.demo.real.pair import real_target
 from vllm_msd.errors import MSDError
@@ -73,8 +70,7 @@ def trained_target(folder: Path, args: argparse.Namespace) -> Path:
             output=str(folder / "target"),
             talks=str(own_talks(folder, args)),
             minutes=args.minutes,
-            # Either processes that train, or one that others prepare data for.
-            processes=1 if torch.cuda.is_available() or args.workers else os.cpu_count() or 1,
+            processes=args.processes,
             **{k: v for k, v in vars(args).items() if k in SIZES and v},
         )
         work = (settings,), settings.processes, folder / "target"
@@ -114,7 +110,7 @@ def trained_draft(stage: str, target: Path, output: Path, *more: str) -> Path:
         more: options.
     """
     if not (output / "last" / "config.json").is_file():
-        in_fp32 = not torch.cuda.is_available() and timed_dtype() == "float32"
+        in_fp32 = timed_dtype() == "float32"
         run(
             [
                 *("train", "--config", str(SETTINGS[stage]), "--target", str(target)),
@@ -136,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("build/real"), help="folder")
     parser.add_argument(
-        "--until", choices=STAGES, default="draft", help="stop after this (default: %(default)s)"
+        "--until", choices=STAGES, default="draft", help="and what it needs (default: %(default)s)"
     )
     parser.add_argument(
         "--minutes", type=float, default=200.0, help="of the target's training (%(default)s)"
@@ -144,14 +140,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4800, help="to answer (%(default)s)")
     parser.add_argument("--questions", type=int, default=2400, help="on pictures (%(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="of each drawn reply (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that prepare data")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="that train the target, 1 on a GPU (%(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="others that prepare data (%(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=0, help="of the target's training")
     parser.add_argument("--vision-batch-size", type=int, default=0, help="of its first stage")
     parser.add_argument(
         "--engine-args", default="", help="of vLLM's engine that answers, after a '='"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="engines at once for each kind of prompt (%(default)s)"
+        "--jobs", type=int, default=1, help="engines that answer at once (%(default)s)"
     )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,7 @@ def main() -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    """The stages up to the one asked for."""
+    """The stage asked for, and what it needs."""
     stages = {
         "own": own_talks,
         "draft-text": text_draft,

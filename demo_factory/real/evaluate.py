@@ -11,6 +11,7 @@ it was taught to see, by it before and after.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from tqdm import tqdm
 
 from vllm_msd.demo.real.pair import PICTURES, real_target
 from vllm_msd.demo.scoring import score
+from vllm_msd.errors import MSDError
 from vllm_msd.provenance import provenance
+from vllm_msd.storage import check_folder, write_text
 from vllm_msd.training.data.batches import collate
 from vllm_msd.training.data.records import parse_record
 from vllm_msd.training.targets import Target
@@ -31,7 +34,7 @@ from ..walks import reading
 from ..world.base import Sample
 from .answers import answer
 from .build import prompts_in, say
-from .pictures import ANSWERS, easy_test
+from .pictures import ANSWERS, GROUPS, easy_test
 
 WALKS = 150
 TALKS = 150  # held-out prompts
@@ -43,7 +46,8 @@ def easy_accuracy(target: Target, per_answer: int) -> dict[str, float]:
     """Share of right answers to `easy-vqa`'s test questions, with their and with other pictures."""
     samples = easy_test(per_answer)
     images = [one.images for one in samples]
-    found = {"random_guess": round(1 / len(ANSWERS), 3), "questions": len(samples)}
+    guess = sum(len(group) / len(group) for group in GROUPS) / len(ANSWERS)
+    found = {"random_guess": round(guess, 3), "questions": len(samples)}
     for name, shift in (("right", 0), ("wrong_image", 1)):
         for index, one in enumerate(samples):
             one.images = images[(index + shift) % len(images)]
@@ -93,8 +97,7 @@ def evaluate(folder: Path, tuned: Path, per_kind: int) -> dict[str, Any]:
         "after": round(after, 4),
         "change": round(after / before - 1, 4),
     }
-    slots = folder / "target" / "slots.json"
-    return found | ({"slots": json.loads(slots.read_text())} if slots.is_file() else {})
+    return found | {"slots": json.loads((tuned / "slots.json").read_text())}
 
 
 def main() -> None:
@@ -112,9 +115,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     facts = provenance(per_kind=args.per_kind)
-    found = json.dumps(facts | evaluate(args.output, args.pictures, args.per_kind), indent=1)
-    if args.json:
-        args.json.write_text(found + "\n")
+    try:
+        if args.json:
+            check_folder(args.json.parent, "json")
+        found = json.dumps(facts | evaluate(args.output, args.pictures, args.per_kind), indent=1)
+        if args.json:
+            write_text(args.json, found + "\n")
+    except MSDError as error:
+        sys.exit(f"error: {error}")
     print(found)
 
 

@@ -24,7 +24,9 @@ from ..world.base import IMAGE_SIZE, Sample, Turn, choice_key, seeded, to_sample
 
 PACKAGE = "easy-vqa==1.0"
 EASY, TALK = "easy-vqa", "talk"
-ANSWERS = ("yes", "no", *FIGURES, *PAINTS)
+# What each of its questions can be answered by.
+GROUPS = (("yes", "no"), FIGURES, PAINTS)
+ANSWERS = tuple(answer for group in GROUPS for answer in group)
 SPLITS = ("train", "test")
 TURNS = 5
 WRONG = "easy-vqa: got split {!r}, expected one of " + ", ".join(SPLITS)
@@ -51,6 +53,7 @@ def easy_questions(split: str) -> dict[int, list[tuple[str, str]]]:
 
     Raises:
         StorageError: the package cannot be fetched.
+        ValueError: there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(WRONG.format(split))
@@ -73,7 +76,8 @@ def easy_sample(picture: int, turns: list[tuple[str, str]], split: str) -> Sampl
         for slot, words in (("figure", FIGURES), ("paint", PAINTS))
         for word in said.intersection(words)
     }
-    asked = [Turn(q, a.capitalize() + ".", choice_key(a, ANSWERS)) for q, a in turns]
+    group = {answer: group for group in GROUPS for answer in group}
+    asked = [Turn(q, a.capitalize() + ".", choice_key(a, group[a])) for q, a in turns]
     return to_sample(image, asked, EASY, labels)
 
 
@@ -111,7 +115,7 @@ class Contents:
 
     Args:
         talks: file of conversations that the language model has answered, for the kind ``talk``.
-        turns: of a conversation about a picture.
+        turns: of a conversation about a picture of the drawn world.
     """
 
     def __init__(self, talks: Path | None = None, turns: int = TURNS) -> None:

@@ -13,7 +13,7 @@ from ..world.base import seeded
 from ..write_data import row_of
 from .pictures import MIX, TALK, Contents
 
-SEED = 9  # the target's own training has seen contents of other seeds
+SEED = 9  # of drawn contents that the target's own training has not seen
 TURNS = 3
 
 

@@ -38,7 +38,7 @@ from ..world.base import IMAGE_SIZE, Sample
 from . import pictures
 from .anchor import Anchor
 from .low_rank import Unchanged, tune
-from .pictures import TALK, VISION_MIX, Contents, easy_test, render_parts
+from .pictures import TALK, VISION_MIX, Contents, easy_questions, easy_test, render_parts
 
 SLOT_KINDS = ("vqa", "textvqa", "chart", "reasoning")
 HELD_OUT_SEED = 20_000
@@ -91,10 +91,11 @@ class RealTrainer(TargetTrainer):
 
     def start(self) -> tuple[PreTrainedTokenizerFast, LlavaForConditionalGeneration]:
         """SmolLM2-135M behind a fresh tower and projector."""
-        torch.manual_seed(self.settings.seed)
+        easy_questions("train")  # fetched before other processes look for them
         base = real_target(print, tuned=None)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         old = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+        torch.manual_seed(self.settings.seed)  # alike in all processes from here on
         config = LlavaConfig.from_pretrained(base)
         config.vision_config = tower_config()
         model = LlavaForConditionalGeneration(config).float()
@@ -201,7 +202,8 @@ class RealTrainer(TargetTrainer):
         """Read the slots of held-out pictures."""
         if parallel.rank():
             return
-        path = self.folder / "slots.json"
+        path = self.export_folder / "slots.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         found = json.loads(path.read_text()) if path.is_file() else {}
         found[self.stage] = self.read_held_out()
         write_json(path, found)

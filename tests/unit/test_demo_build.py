@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from demo_factory.build import DRAFT_SETTINGS
 from demo_factory.train_target import TargetTrainer, TargetTraining
 from vllm_msd.checkpoint import load_draft
 from vllm_msd.cli.main import main
 from vllm_msd.demo.paths import PAIR, demo_pair
+from vllm_msd.errors import CheckpointError, ConfigError
 
 
 def test_a_finished_training_of_the_target_stays_as_it_is(tmp_path, capsys):
@@ -21,6 +23,17 @@ def test_a_finished_training_of_the_target_stays_as_it_is(tmp_path, capsys):
     assert "resumed at step 1" in capsys.readouterr().out
     assert trainer.step == 1 and trainer.elapsed > 0
     assert saved and all(path.read_bytes() == content for path, content in saved.items())
+
+
+def test_workers_of_several_processes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="got 4 and 2 processes"):
+        TargetTraining(str(tmp_path), processes=2, workers=4)
+
+
+def test_a_run_of_another_model_is_not_gone_on_with(tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="of another model"):
+        TargetTrainer(TargetTraining(str(tmp_path), processes=1))
 
 
 @pytest.mark.long

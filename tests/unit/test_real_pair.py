@@ -27,7 +27,7 @@ from vllm_msd.demo.real.pair import real_pair, real_samples
 from vllm_msd.demo.real.target import DELTA, SYSTEM, TEMPLATE, change, convert
 from vllm_msd.demo.samples import KIND_NAMES
 from vllm_msd.demo.scoring import score
-from vllm_msd.errors import CheckpointError, ConfigError, StorageError
+from vllm_msd.errors import CheckpointError, ConfigError, MSDError, StorageError
 from vllm_msd.vllm_plugin.configuration.resolve import find_draft
 
 
@@ -202,6 +202,49 @@ def test_answers_go_on_after_a_kill(tmp_path, monkeypatch):
     assert [row["id"] for row in replies] == [row["id"] for row in prompts]
     assert [row["at"] for row in replies[:4]] == ["0.0", "0.7", "1.0", "0.0"]
     assert [temperature for temperature, _ in asked] == [0.0, 0.7, 0.7, 1.0]
+
+
+def test_what_was_not_answered_is_asked_for_again(tmp_path, monkeypatch):
+    """`vllm-msd regenerate` keeps its journal where something is left, and ends with an error."""
+    prompts = [{"id": f"p{i}", "conversations": []} for i in range(6)]
+    calls = []
+
+    def answering(arguments):
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        rows = json.loads(Path(options["--data"]).read_text())
+        output = Path(options["--output"])
+        journal = output.with_name(output.name + ".journal")
+        calls.append(output.name)
+        done = rows if journal.is_file() or "0.7" not in output.name else rows[:1]
+        output.write_text("".join(json.dumps(row) + "\n" for row in done))
+        journal.unlink(missing_ok=True)
+        if len(done) < len(rows):
+            journal.touch()
+            raise MSDError("something was left out")
+
+    monkeypatch.setattr(answers, "run", answering)
+    with pytest.raises(MSDError):
+        answers.answer("text", prompts, tmp_path, Path("target"))
+    replies = json.loads(answers.answer("text", prompts, tmp_path, Path("target")).read_text())
+    assert replies == prompts
+    assert calls == [f"text-{t}.jsonl" for t in (0.0, 0.7, 0.7, 1.0)]
+    (tmp_path / "text.json").unlink()
+    with pytest.raises(ConfigError, match="holds other prompts"):
+        answers.answer("text", prompts[1:], tmp_path, Path("target"))
+
+
+def test_engines_at_once_share_each_temperatures_prompts(tmp_path, monkeypatch):
+    prompts = [{"id": f"p{i}"} for i in range(13)]
+
+    def answering(arguments):
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        rows = json.loads(Path(options["--data"]).read_text())
+        Path(options["--output"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(answers, "run", answering)
+    found = json.loads(answers.answer("text", prompts, tmp_path, Path("t"), jobs=6).read_text())
+    assert sorted(row["id"] for row in found) == sorted(row["id"] for row in prompts)
+    assert len(list(tmp_path.glob("text-*of2.jsonl"))) == 6
 
 
 def test_training_text_is_the_templates():

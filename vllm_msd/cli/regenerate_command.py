@@ -101,8 +101,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         default=0.0,
         metavar="M",
-        help="ask for nothing more after this time and write what is there; the same command goes "
-        "on (default: 0, ask for all)",
+        help="begin no more conversations after this time and write what is there; the same "
+        "command goes on (default: 0, ask for all)",
     )
     parser.add_argument(
         "--force",

@@ -40,7 +40,7 @@ class RegenerateSettings:
     image_root: folders of relative image paths (default: the data's). server: address of an
     OpenAI-compatible API. target: folder or hub name, served in this process with `engine_args`.
     model: name at the server. samples: conversations made from each record. seed: of sampling.
-    timeout, wait: seconds for one reply, and that a server may be away. stop_after_minutes: ask for
+    timeout, wait: seconds for one reply, and that a server may be away. stop_after_minutes: begin
     nothing more after this time, counted from when the server answers, and write what is there; 0
     asks for all.
     """

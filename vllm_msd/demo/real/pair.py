@@ -38,10 +38,11 @@ def real_target(
     """
     provenance = {"algorithm_version": ALGORITHM_VERSION, "packages": list(MODEL_PACKAGES)}
     if tuned is not None:
-        if not (tuned / "model.safetensors").is_file():
+        if not all((tuned / name).is_file() for name in ("config.json", "model.safetensors")):
             raise CheckpointError(
-                f"{tuned} holds no model.safetensors. Install the package again, or make it from a "
-                "checkout with `python -m demo_factory.real.build`."
+                f"{tuned} holds no config.json and model.safetensors. Install the package again, "
+                "or make them from a checkout with `python -m demo_factory.real.build` and copy "
+                "`target/pictures` of its output there."
             )
         provenance["tuned"] = folder_digest(tuned)
 
@@ -65,7 +66,7 @@ def real_pair(
     if not (DRAFT / "config.json").is_file():
         raise CheckpointError(
             f"{DRAFT} holds no draft. Install the package again, or make one from a checkout with "
-            "`python -m demo_factory.real.build`."
+            "`python -m demo_factory.real.build`, and copy `draft/best` of its output there."
         )
     target = real_target(report, timeout)
     provenance = {
