@@ -30,7 +30,7 @@ from vllm_msd.storage import write_json
 
 VARIANTS = ("text", "final", "coupled")
 OF_BUILD = {"text": "draft-text", "final": "draft"}  # folders of its own runs
-PROMPTS, PER_KIND = 200, 30
+PROMPTS, PER_KIND = 60, 10
 
 
 def main() -> int:
@@ -121,6 +121,7 @@ def count(name: str, work: Path) -> dict[str, Any]:
     from vllm_msd.demo.real.pair import real_target
     from vllm_msd.draft import MSDDraft
     from vllm_msd.training.evaluate import evaluate
+    from vllm_msd.training.initial import in_float
     from vllm_msd.training.targets import Target
 
     folder = real_target(say, tuned=work / "target" / "pictures")
@@ -134,7 +135,7 @@ def count(name: str, work: Path) -> dict[str, Any]:
         return found
     target = Target.load(folder, "float32")
     config, state = load_draft(draft_folder)
-    draft = MSDDraft.from_state_dict(config, {k: v.float() for k, v in state.items()}).eval()
+    draft = MSDDraft.from_state_dict(config, in_float(state)).eval()
     replies = world.replies_by_kind(target, PER_KIND, (*IMAGE_KINDS, WALK))
     rows = "coupled" if name == "coupled" else "decoupled"
     shown = {"own": None, "other": world.with_other_images, "grey": grey_images(target)}
