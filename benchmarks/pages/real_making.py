@@ -59,9 +59,9 @@ def drafts(name: str, result: dict[str, Any]) -> str:
     parts = [
         "### The real pair's drafts",
         "Tokens per verification of greedy chains of five on "
-        f"{result['settings']['prompts']} held-out prompts, by `vllm-msd eval`. `text` is the "
-        "first stage, `final` the second, which goes on from it with pictures mixed in; all on the "
-        "target that sees:",
+        f"{result['settings']['prompts']} held-out prompts of each kind, by `vllm-msd eval`. "
+        "`text` is the first stage, `final` the second, which goes on from it with pictures mixed "
+        "in; all on the target that sees:",
         table(["draft", "records", "minutes", "chat", "questions", "all"], rows),
         "On the way through its one pass over the talks, counted on held-out ones with replies of "
         "all temperatures, the first stage was at:",
