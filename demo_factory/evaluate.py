@@ -22,6 +22,7 @@ from vllm_msd.demo.scoring import score
 from vllm_msd.draft import MSDDraft
 from vllm_msd.provenance import provenance
 from vllm_msd.training.acceptance import Figures, Reply, chain_acceptance
+from vllm_msd.training.initial import in_float
 from vllm_msd.training.targets import Features, Target
 
 from .held_out import FIRST_SEED
@@ -147,7 +148,7 @@ def evaluate(target_path: Path, draft_path: Path | None, per_kind: int) -> dict[
     if draft_path is None:
         return result
     config, state = load_draft(draft_path)
-    draft = MSDDraft.from_state_dict(config, {k: v.float() for k, v in state.items()}).eval()
+    draft = MSDDraft.from_state_dict(config, in_float(state)).eval()
     for name, seen in (
         ("acceptance", None),
         ("acceptance_wrong_image_in_draft", with_other_images),

@@ -14,7 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,15 @@ def answer_loss(
     logits = model.lm_head(hidden[:, :-1][predicts])
     losses = F.cross_entropy(logits.float(), batch.input_ids[:, 1:][predicts], reduction="none")
     return losses, predicts.nonzero()[:, 0]
+
+
+def loss_figures(losses: torch.Tensor, rows: torch.Tensor, kinds: list[str]) -> dict[str, float]:
+    """Means of token losses [N], over all and by kind of their rows [N]; for the log."""
+    figures = {"loss": losses.mean().item()}
+    for kind in sorted({kinds[row] for row in rows.unique().tolist()}):
+        of_kind = torch.tensor([k == kind for k in kinds], device=rows.device)[rows]
+        figures[f"loss.{kind}"] = losses[of_kind].mean().item()
+    return figures
 
 
 def prepare_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -180,11 +189,7 @@ class TargetTrainer:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """What the second stage learns by, and figures for the log."""
         losses, rows = answer_loss(self.model, batch, images)
-        figures = {"loss": losses.mean().item()}
-        for kind in sorted(set(batch.kinds)):
-            of_kind = torch.tensor([k == kind for k in batch.kinds], device=rows.device)[rows]
-            figures[f"loss.{kind}"] = losses[of_kind].mean().item()
-        return losses.mean(), figures
+        return losses.mean(), loss_figures(losses, rows, batch.kinds)
 
     def export(self) -> None:
         """Write the checkpoint folder."""
@@ -354,16 +359,20 @@ def train(settings: TargetTraining) -> None:
     TargetTrainer(settings).run()
 
 
+def add_flags(parser: argparse.ArgumentParser, settings: type, *required: str) -> None:
+    """Make every field of a dataclass of settings a flag."""
+    for field in fields(settings):
+        kind: dict[str, Any] = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, default=field.default, required=field.name in required, **kind)
+
+
 def main() -> None:
     """Command line: every field of `TargetTraining` is a flag."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, fld in TargetTraining.__dataclass_fields__.items():
-        kind: dict[str, Any] = {"type": fld.type}
-        if fld.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", default=fld.default, required=name == "output", **kind
-        )
+    add_flags(parser, TargetTraining, "output")
     settings = TargetTraining(**vars(parser.parse_args()))
     prepare_tokenizer(Path(settings.output))
     parallel.launch(train, (settings,), settings.processes, Path(settings.output))

@@ -1,6 +1,7 @@
 """Teach a real language model to see: a vision tower from nothing, then a little of the model.
 
-    python -m demo_factory.real.train_target --talks build/real/own.json --output build/real/target
+    python -m demo_factory.real.train_target --talks build/real/own/own.json \\
+        --output build/real/target
 
 Two stages share one clock. First the tower alone learns to read slots (see `demo_factory.slots`);
 then tower, projector and a low-rank change of SmolLM2-135M learn to answer about pictures. The
@@ -12,7 +13,6 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ from .. import parallel
 from ..data import Batch, TrainingStream, collate, pixels
 from ..target_model import grid_positions, published_names
 from ..tokenizer import PATCH_SIZE
-from ..train_target import TargetTrainer, TargetTraining
+from ..train_target import TargetTrainer, TargetTraining, add_flags, loss_figures
 from ..world import sample
 from ..world.base import IMAGE_SIZE, Sample
 from . import pictures
@@ -151,11 +151,7 @@ class RealTrainer(TargetTrainer):
             logits = model.lm_head(hidden[answers]).float()
             losses = F.cross_entropy(logits, batch.input_ids[:, 1:][answers], reduction="none")
             loss = loss + losses.mean()
-            figures["loss"] = losses.mean().item()
-            rows = answers.nonzero()[:, 0]
-            for kind in sorted(set(batch.kinds) - {TALK}):
-                of_kind = torch.tensor([k == kind for k in batch.kinds], device=self.device)[rows]
-                figures[f"loss.{kind}"] = losses[of_kind].mean().item()
+            figures = loss_figures(losses, answers.nonzero()[:, 0], batch.kinds)
         if bool(own.any()):
             said = predicts[own]
             with torch.no_grad(), Unchanged(self.changes):
@@ -246,12 +242,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, fld in RealTraining.__dataclass_fields__.items():
-        kind: dict[str, Any] = {"type": fld.type}
-        if fld.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, default=fld.default, required=name in ("output", "talks"), **kind)
+    add_flags(parser, RealTraining, "output", "talks")
     settings = RealTraining(**vars(parser.parse_args()))
     parallel.launch(train, (settings,), settings.processes, Path(settings.output))
 
